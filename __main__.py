@@ -1,0 +1,5 @@
+"""`python -m orthoact`."""
+
+from .cli import main
+
+main(prog_name="orthoact")

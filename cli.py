@@ -1,0 +1,471 @@
+"""The command line: a thin shell. Every command imports what it needs when it runs, so that --help answers at once."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import click
+
+from ._version import __version__
+
+
+class _Group(click.Group):
+    """Turns the project's one exception into a message and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from .interp.errors import OrthoactError
+
+        try:
+            return super().invoke(ctx)
+        except OrthoactError as error:
+            raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            raise click.ClickException("interrupted: nothing was written") from None
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+def main() -> None:
+    """Convert pretrained models to learnable activations.
+
+    MODEL is a Hub id, a local folder (of transformers or timm), timm:NAME, or `demo`, the small GPT-2 that ships with
+    the package.
+    """
+
+
+# -- shared pieces -----------------------------------------------------------------------------------------------------
+
+
+def _options(*options):
+    def decorate(function):
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")
+quiet = click.option("--quiet", is_flag=True, help="No progress and no table.")
+strict = click.option("--strict", is_flag=True, help="Fail (exit code 1) if an activation proper is left unconverted.")
+device = click.option("--device", default="cpu", show_default=True, help="Where the model runs.")
+loading = _options(
+    click.option("--task", help="Load with this head: causal-lm, masked-lm, image-classification, base, ..."),
+    click.option("--dtype", help="float32, bfloat16 or float16 weights; default: those of the checkpoint."),
+    click.option("--revision", help="Hub revision of MODEL."),
+    click.option("--trust-remote-code", is_flag=True, help="Run code that comes with MODEL."),
+    device,
+)
+fitting = _options(
+    click.option("--family", default="hermite", show_default=True, help="See `orthoact families`."),
+    click.option("--degree", type=int, default=None, help="Degree of the core.  [default: 8]"),
+    click.option("--tolerance", type=float, help="Take the lowest degree whose root of J is below this, not --degree."),
+    click.option("--tails", default="linear", show_default=True, help="linear or none (a bare series)."),
+    click.option("--derivative-weight", type=float, default=None, help="Weight of the slope error in J."),
+)
+choosing = _options(
+    click.option("--include", multiple=True, metavar="GLOB", help="Only sites of this name; gates and heads too."),
+    click.option("--exclude", multiple=True, metavar="GLOB", help="Not sites of this name."),
+    click.option("--include-heads", is_flag=True, help="Also the activations of heads and poolers."),
+)
+
+
+def _console():
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def _status(text: str, show: bool):
+    """A spinner on a terminal, one line elsewhere."""
+    if not show:
+        yield
+        return
+    console = _console()
+    if console.is_terminal:
+        with console.status(text):
+            yield
+    else:
+        console.print(text)
+        yield
+
+
+def _silence_libraries() -> None:
+    """transformers' progress bars and load reports would mix with ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    click.echo(json.dumps(value))
+
+
+def _table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row))
+    _console().print(table)
+
+
+def _fit_options(family, degree, tolerance, tails, derivative_weight) -> dict[str, Any]:
+    if degree is not None and tolerance is not None:
+        raise click.UsageError("give --degree or --tolerance, not both")
+    options = {"family": family, "tails": tails}
+    options |= {} if derivative_weight is None else {"derivative_weight": derivative_weight}
+    return options | ({"tolerance": tolerance} if tolerance is not None else {"degree": 8 if degree is None else degree})
+
+
+def _left_rows(left) -> list[dict[str, Any]]:
+    return [{"where": i.where, "function": i.function, "calls": i.calls, "reason": i.reason} for i in left]
+
+
+def _refuse_left(left) -> None:
+    from .interp.errors import OrthoactError
+
+    found = [i for i in left if i.proper]
+    if found:
+        named = "; ".join(f"{i.where or 'model'}: {i.function} ({i.reason})" for i in found[:5])
+        raise OrthoactError(f"--strict: {len(found)} activations are left unconverted: {named}")
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("model")
+@_options(loading, choosing, strict, as_json, quiet)
+def inspect(model, task, dtype, revision, trust_remote_code, device, include, exclude, include_heads, strict, as_json, quiet):
+    """Name every activation of MODEL: the sites that would be converted, and what would be left and why."""
+    from .convert.sources import load_source
+    from .convert.surgeon import inspect_model
+
+    _silence_libraries()
+    with _status(f"loading {model}", not quiet):
+        options = {"task": task, "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
+        source = load_source(model, device=device, **options)
+    sites, left = inspect_model(source.model, include=include, exclude=exclude, include_heads=include_heads)
+    if as_json:
+        rows = [{"name": s.name, "target": s.target.name, "module": s.module, "channel": s.channel} for s in sites]
+        _print_json({"sites": rows, "left": _left_rows(left)})
+    elif not quiet:
+        _table(f"{len(sites)} sites", ["name", "target", "module"], [[s.name, s.target.name, s.module] for s in sites])
+        if left:
+            rows = [[i.where or "(model)", i.function, i.calls, i.reason] for i in left]
+            _table(f"{len(left)} left", ["where", "function", "calls", "reason"], rows)
+    if strict:
+        _refuse_left(left)
+
+
+@main.command()
+@click.argument("target")
+@fitting
+@click.option("--mean", type=float, default=0.0, show_default=True, help="Mean of the inputs' Gaussian law.")
+@click.option("--std", type=float, default=1.0, show_default=True, help="Its standard deviation.")
+@click.option("--plot", type=click.Path(dir_okay=False), help="Draw the fit into this .png, .svg or .pdf.")
+@_options(as_json, quiet)
+def fit(target, family, degree, tolerance, tails, derivative_weight, mean, std, plot, as_json, quiet):
+    """Fit a copy of one activation, TARGET (gelu, silu, "leaky_relu(0.2)", ...): errors, joints, coefficients."""
+    from .interp.domains import Gaussian
+    from .interp.fit import fit as fit_target
+    from .interp.fit import fit_to_tolerance
+    from .interp.targets import get_target
+
+    options = _fit_options(family, degree, tolerance, tails, derivative_weight)
+    solve = fit_target if tolerance is None else fit_to_tolerance
+    result = solve(get_target(target), domain=Gaussian(mean, std), **options)
+    if plot:
+        from .interp.plot import plot_fit
+
+        plot_fit(result, get_target(target), plot)
+    if as_json:
+        _print_json(result.to_dict())
+    elif not quiet:
+        shown = ("parameters", "value_rms", "slope_rms", "value_max", "slope_max", "lo", "hi", "condition", "holds", "reason")
+        fields = result.to_dict()
+        _table(f"{result.target} as {result.family} {result.degree}", ["", ""], [[k, fields[k]] for k in shown])
+        click.echo(" ".join(f"{c:.9g}" for c in result.coefficients))
+
+
+@main.command()
+@click.argument("model")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.  [default: ./MODEL-FAMILY]")
+@_options(fitting, choosing)
+@click.option("--groups", type=int, help="Coefficients of their own for each of this many groups of channels.")
+@loading
+@click.option("--dry-run", is_flag=True, help="Plan only; write nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT; refit a MODEL that is converted already.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the probe batch.")
+@_options(strict, as_json, quiet)
+def convert(
+    model,
+    output,
+    family,
+    degree,
+    tolerance,
+    tails,
+    derivative_weight,
+    include,
+    exclude,
+    include_heads,
+    groups,
+    task,
+    dtype,
+    revision,
+    trust_remote_code,
+    device,
+    dry_run,
+    overwrite,
+    seed,
+    strict,
+    as_json,
+    quiet,
+):
+    """Replace the activations of MODEL by learnable ones that start as faithful copies, and write the checkpoint.
+
+    The folder loads with plain from_pretrained (timm: create_model) after `import orthoact`. No weight is changed.
+    """
+    from .convert.checkpoint import check_output, save
+    from .convert.fidelity import evaluate
+    from .convert.sources import load_source
+    from .convert.surgeon import convert_, plan, revert_, site_rows
+
+    options = _fit_options(family, degree, tolerance, tails, derivative_weight)
+    out = output or _default_output(model, family)
+    if not dry_run:
+        check_output(out, overwrite=overwrite)
+    _silence_libraries()
+    clock = perf_counter()
+    with _status(f"loading {model}", not quiet):
+        loads = {"task": task, "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
+        source = load_source(model, device=device, **loads)
+    loaded = perf_counter() - clock
+    if source.converted and overwrite:
+        revert_(source.model)
+    choice = {"include": include, "exclude": exclude, "include_heads": include_heads}
+    with _status("fitting", not quiet):
+        made = plan(source.model, groups=groups, **choice, **options)
+    if strict:
+        _refuse_left(made.left)
+    report: dict[str, Any] = {
+        "output": None if dry_run else str(out),
+        "sites": site_rows(made),
+        "left": _left_rows(made.left),
+        "seconds": {"load": loaded, "fit": made.seconds, "save": 0.0},
+        "parameters": made.parameters,
+    }
+    if not dry_run:
+        clock = perf_counter()
+        convert_(source.model, made)
+        report["seconds"]["fit"] += perf_counter() - clock
+        with _status("measuring", not quiet):
+            report["fidelity"] = evaluate(source, seed=seed)
+        with _status(f"writing {out}", not quiet):
+            clock = perf_counter()
+            record = {k: v for k, v in report.items() if k not in ("output", "seconds")}
+            record |= {"fits": {s.name: f.to_dict() for s, f in zip(made.sites, made.fits, strict=True)}}
+            save(source.model, out, source=source, report=record, overwrite=overwrite)
+            report["seconds"]["save"] = perf_counter() - clock
+    if as_json:
+        _print_json(report)
+    elif not quiet:
+        _report(model, report, made)
+
+
+def _default_output(model: str, family: str) -> Path:
+    name = model.removeprefix("timm:").rstrip("/").rpartition("/")[2]
+    return Path(f"{name}-{family}")
+
+
+def _report(model: str, report: dict[str, Any], made) -> None:
+    """The short table at the end of a conversion: one row for each kind of site."""
+    kinds: dict[tuple, list] = {}
+    for row in report["sites"]:
+        key = tuple(row[k] for k in ("target", "family", "degree", "value_rms", "slope_rms", "value_max"))
+        kinds.setdefault(key, []).append(row)
+    columns = ["target", "sites", "family", "degree", "value rms", "slope rms", "value max"]
+    _table(
+        f"{model}: {len(report['sites'])} sites, {report['parameters']} learnable coefficients",
+        columns,
+        [[key[0], len(rows), *key[1:]] for key, rows in kinds.items()],
+    )
+    console = _console()
+    for item in made.left:
+        console.print(f"left: {item.where or '(model)'} {item.function}: {item.reason}", style="dim")
+    if "fidelity" in report:
+        _fidelity_table(report["fidelity"])
+    if report["output"]:
+        console.print(f"wrote {report['output']}")
+    else:
+        console.print("dry run: nothing was written")
+
+
+def _fidelity_table(result: dict[str, Any]) -> None:
+    unit = next(k for k in ("tokens", "texts", "images") if k in result)
+    source = {"file": "given data", "demo": "the demo's held-out text", "probe": "a seeded probe batch (no real data)"}
+    rows = []
+    for name, label in (("perplexity", "perplexity"), ("loss", "loss")):
+        if name in result:
+            rows.append([label, f"{result[f'{name}_base']:.5f}", f"{result[name]:.5f}"])
+    if "change" in result:
+        rows.append(["change", "", f"{result['change']:+.4f} %"])
+    names = {"kl": "KL(original, converted)", "top1_agreement": "same top-1", "cosine_mean": "cosine, mean"}
+    for name, label in (names | {"cosine_min": "cosine, least"}).items():
+        if name in result:
+            rows.append([label, "", f"{result[name]:.2e}" if name == "kl" else f"{result[name]:.7f}"])
+    _table(f"against the original, on {result[unit]} {unit} of {source[result['data']]}", ["", "original", "converted"], rows)
+
+
+@main.command()
+@click.argument("out")
+@click.option("--against", metavar="BASE", help="Compare with this model, not with OUT's own original activations.")
+@click.option("--data", type=click.Path(), help="A text file, a folder of images, or a data set on disk.")
+@click.option("--max-kl", type=float, help="Fail (exit code 1) above this KL divergence, in nats.")
+@click.option("--max-change", type=float, help="Fail (exit code 1) above this change of the metric, in per cent.")
+@click.option("--limit", type=int, help="At most so many tokens, texts or images.")
+@click.option("--batch-size", type=int, default=8, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the probe batch and of masks.")
+@_options(loading, as_json, quiet)
+def evaluate(
+    out,
+    against,
+    data,
+    max_kl,
+    max_change,
+    limit,
+    batch_size,
+    seed,
+    task,
+    dtype,
+    revision,
+    trust_remote_code,
+    device,
+    as_json,
+    quiet,
+):
+    """How near the converted model OUT is to its original: KL, top-1 agreement, cosine, and the task's loss.
+
+    Without --data: the demo's held-out text for the demo model, a seeded probe batch for every other.
+    """
+    from rich.progress import Progress
+
+    from .convert.fidelity import evaluate as compare
+    from .convert.sources import load_source
+    from .interp.errors import OrthoactError
+
+    _silence_libraries()
+    loads = {"task": task, "dtype": dtype, "trust_remote_code": trust_remote_code, "device": device}
+    with _status(f"loading {out}", not quiet):
+        source = load_source(out, revision=revision, **loads)
+        base = load_source(against, **loads) if against else None
+    with Progress(console=_console(), transient=True, disable=quiet) as bar:
+        job = bar.add_task("comparing", total=None)
+        result = compare(
+            source,
+            against=base,
+            data=data,
+            limit=limit,
+            batch_size=batch_size,
+            seed=seed,
+            progress=lambda done, total: bar.update(job, completed=done, total=total),
+        )
+    if as_json:
+        _print_json(result)
+    elif not quiet:
+        _fidelity_table(result)
+    for flag, name, bound in (("--max-kl", "kl", max_kl), ("--max-change", "change", max_change)):
+        if bound is not None and name not in result:
+            raise OrthoactError(f"{flag} {bound}: this model and data give no {name}; leave the bound out or give --data")
+        if bound is not None and abs(result[name]) > bound:
+            raise OrthoactError(f"{flag} {bound}: the {name} is {result[name]:.4g}")
+
+
+@main.command()
+@click.argument("out")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT.")
+@_options(loading, as_json, quiet)
+def revert(out, output, overwrite, task, dtype, revision, trust_remote_code, device, as_json, quiet):
+    """Put the original activations back into the converted model OUT and write an ordinary checkpoint."""
+    from .convert.checkpoint import check_output, save
+    from .convert.sources import load_source
+    from .convert.surgeon import revert_
+
+    check_output(output, overwrite=overwrite)
+    _silence_libraries()
+    with _status(f"loading {out}", not quiet):
+        loads = {"task": task, "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
+        source = load_source(out, device=device, **loads)
+    revert_(source.model)
+    save(source.model, output, source=source, overwrite=overwrite)
+    if as_json:
+        _print_json({"output": str(output)})
+    elif not quiet:
+        _console().print(f"wrote {output}")
+
+
+@main.command()
+@as_json
+def families(as_json):
+    """The families of learnable activations: formula, coefficients, smoothness, reference."""
+    from .interp.families import FAMILIES
+
+    rows = [
+        {
+            "name": f.name,
+            "formula": f.formula,
+            "parameters": f.size(8),
+            "degrees": [f.degrees[0], f.degrees[-1]],
+            "smoothness": f.smoothness,
+            "reference": f.reference,
+        }
+        for f in FAMILIES.values()
+    ]
+    if as_json:
+        _print_json({"families": rows})
+        return
+    columns = ["name", "formula", "coefficients at degree 8", "degrees", "smoothness", "reference"]
+    shown = [[*r.values()] for r in rows]
+    _table("families", columns, [[*r[:3], f"{r[3][0]} to {r[3][1]}", *r[4:]] for r in shown])
+
+
+@main.command()
+@as_json
+def env(as_json):
+    """Versions and settings, for a bug report."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from .convert.transformers_hooks import TESTED
+
+    found = {"orthoact": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    names = ("torch", "transformers", "timm", "accelerate", "peft", "datasets", "safetensors", "huggingface_hub", "scipy")
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "missing"
+    found["transformers tested"] = " to ".join(TESTED)
+    found["threads"] = str(torch.get_num_threads())
+    found["accelerator"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    if as_json:
+        _print_json(found)
+    else:
+        for name, value in found.items():
+            click.echo(f"{name}: {value}")
+
+
+if __name__ == "__main__":
+    main()

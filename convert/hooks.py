@@ -1,0 +1,81 @@
+"""Patch transformers and timm when, and only when, somebody imports them.
+
+`import orthoact` must stay light, and plain `from_pretrained` must work whichever of the two is imported first. So each
+patch is applied at once where its module is loaded, and else right after the module has been executed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+def _configuration(module: ModuleType) -> None:
+    from .transformers_hooks import patch_configuration
+
+    patch_configuration(module)
+
+
+def _modeling(module: ModuleType) -> None:
+    from .transformers_hooks import patch_modeling
+
+    patch_modeling(module)
+
+
+def _timm(module: ModuleType) -> None:
+    from .timm_hooks import register
+
+    register()
+
+
+PATCHES: dict[str, Callable[[ModuleType], None]] = {
+    "transformers.configuration_utils": _configuration,
+    "transformers.modeling_utils": _modeling,
+    "timm.models": _timm,
+}
+"""What is done to which module, after it has been executed."""
+
+
+class _Patched(Loader):
+    """The module's own loader, followed by its patch."""
+
+    def __init__(self, loader: Loader, patch: Callable[[ModuleType], None]):
+        self.loader, self.patch = loader, patch
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        self.patch(module)
+
+    def __getattr__(self, name: str):  # resources, source code: whatever else the real loader offers
+        return getattr(self.loader, name)
+
+
+class _Finder(MetaPathFinder):
+    """Finds the modules of `PATCHES` where the other finders do, and wraps their loaders."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname not in PATCHES:
+            return None
+        for finder in sys.meta_path:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None and spec.loader is not None:
+                spec.loader = _Patched(spec.loader, PATCHES[fullname])
+                return spec
+        return None
+
+
+def install() -> None:
+    """Patch what is imported already and wait for the rest; doing it twice changes nothing."""
+    for name, patch in PATCHES.items():
+        if name in sys.modules:
+            patch(sys.modules[name])
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())

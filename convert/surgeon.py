@@ -1,0 +1,202 @@
+"""The surgeon: plan a conversion, carry it out in place, take it back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..interp.activation import Activation
+from ..interp.domains import Gaussian
+from ..interp.errors import OrthoactError
+from ..interp.fit import Fit, fit, fit_to_tolerance
+from .audit import Audit, Left, audit
+from .record import attach, detach
+from .sites import Site, survey
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will do: pure data, made before anything is touched."""
+
+    sites: tuple[Site, ...]
+    """The activations that are replaced."""
+    fits: tuple[Fit, ...]
+    """The copy for each of them."""
+    left: tuple[Left, ...]
+    """What stays, and why."""
+    groups: int | None = None
+    """Groups of channels with coefficients of their own."""
+    seconds: float = 0.0
+    """Time taken."""
+
+    @property
+    def parameters(self) -> int:
+        """The number of learnable coefficients."""
+        return sum(f.parameters * (self.groups or 1) for f in self.fits)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was done to a model."""
+
+    plan: Plan
+    """The plan that was carried out."""
+    spec: dict[str, Any] = field(default_factory=dict)
+    """The record that the checkpoint carries."""
+
+    @property
+    def sites(self) -> list[dict[str, Any]]:
+        """One row a site: name, target, family, degree, parameters, errors."""
+        return site_rows(self.plan)
+
+    @property
+    def left(self) -> tuple[Left, ...]:
+        """What stays, and why."""
+        return self.plan.left
+
+
+def site_rows(plan: Plan) -> list[dict[str, Any]]:
+    """The rows of the JSON report."""
+    kept = ("family", "degree", "value_rms", "slope_rms", "value_max")
+    return [
+        {"name": s.name, "target": s.target.name}
+        | {key: getattr(f, key) for key in kept}
+        | {"parameters": f.parameters * (plan.groups or 1)}
+        for s, f in zip(plan.sites, plan.fits, strict=True)
+    ]
+
+
+def inspect_model(model: nn.Module, **choice) -> tuple[list[Site], list[Left]]:
+    """The sites that would be converted and everything that would be left; `choice` as in `find_sites`."""
+    found = survey(model, **choice)
+    seen = audit(model, found)
+    sites = [replace(s, channel=seen.channels.get(s.name)) for s in found if not s.left]
+    return sites, _left(found, seen)
+
+
+def _left(found: list[Site], seen: Audit) -> list[Left]:
+    modules = [Left(s.name, s.target.name, seen.calls.get(s.name, 0), s.left) for s in found if s.left]
+    return modules + seen.left
+
+
+def plan(
+    model: nn.Module,
+    *,
+    family: str = "hermite",
+    degree: int = 8,
+    tolerance: float | None = None,
+    tails: str = "linear",
+    derivative_weight: float = 0.1,
+    domain: Gaussian | None = None,
+    groups: int | None = None,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    include_heads: bool = False,
+) -> Plan:
+    """Find the sites of `model` and fit a copy for each; the model is not touched.
+
+    `tolerance`, where given, chooses the lowest degree whose root of J it bounds. The other arguments are those of
+    `orthoact.fit` and `find_sites`. Raises `OrthoactError` where there is nothing to convert, a weight is not finite,
+    or a fit is impossible.
+    """
+    start = perf_counter()
+    if any(isinstance(m, Activation) for m in model.modules()):
+        raise OrthoactError("the model is converted already: revert it first (orthoact revert), or --overwrite to refit")
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
+            raise OrthoactError(f"the weight {name} holds NaN or infinite values: repair the checkpoint before converting")
+    sites, left = inspect_model(model, include=include, exclude=exclude, include_heads=include_heads)
+    if not sites:
+        found = "; ".join(f"{item.where or 'model'}: {item.function} ({item.reason})" for item in left) or "no activation"
+        raise OrthoactError(f"nothing to convert in {type(model).__name__}: found {found}")
+    options: dict[str, Any] = {
+        "family": family,
+        "tails": tails,
+        "derivative_weight": derivative_weight,
+        "domain": domain,
+    }
+    fits: dict[str, Fit] = {}
+    for site in sites:
+        key = site.target.name
+        if key not in fits:
+            fits[key] = (
+                fit_to_tolerance(site.target, tolerance, **options)
+                if tolerance is not None
+                else fit(site.target, degree=degree, **options)
+            )
+    if groups is not None:
+        Activation(groups=groups)  # checks the number
+        unknown = [s.name for s in sites if s.channel is None]
+        if unknown:
+            raise OrthoactError(f"--groups {groups}: the channel axis of {unknown[0]} is not known; leave --groups out")
+    return Plan(tuple(sites), tuple(fits[s.target.name] for s in sites), tuple(left), groups, perf_counter() - start)
+
+
+def convert_(model: nn.Module, plan_: Plan | None = None, **options) -> Conversion:
+    """Replace the activations of `model` in place by learnable copies that compute nearly the same.
+
+    `options` are those of `plan`; a plan made before can be given instead. Everything is checked first: a failure
+    leaves the model as it was. Afterwards `model.save_pretrained` (or timm's `save_for_hf`) writes a checkpoint that
+    plain `from_pretrained` (`create_model`) loads once orthoact is imported.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2))
+    >>> [row["name"] for row in convert_(net, degree=6).sites]
+    ['1']
+    """
+    made = plan_ or plan(model, **options)
+    activations: dict[str, Activation] = {}
+    for site, copy in zip(made.sites, made.fits, strict=True):
+        old = model.get_submodule(site.name)
+        new = Activation.from_fit(
+            copy,
+            groups=made.groups,
+            channel=-1 if site.channel is None else site.channel,
+            original=old,
+        )
+        activations[site.name] = new.train(old.training).to(_device(model, site.name))
+    spec = attach(model, activations)
+    for name, new in activations.items():
+        put(model, name, new)
+    return Conversion(made, spec)
+
+
+def revert_(model: nn.Module) -> nn.Module:
+    """Put the original activations back in place; the weights were never changed. Returns the model.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.GELU())
+    >>> _ = convert_(net)
+    >>> revert_(net)[1]
+    GELU(approximate='none')
+    """
+    found = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, Activation)}
+    if not found:
+        raise OrthoactError(f"nothing to revert: {type(model).__name__} holds no learnable activation")
+    lost = [name for name, m in found.items() if not isinstance(m.original, nn.Module)]
+    if lost:
+        raise OrthoactError(f"the original activation of {lost[0]} is not known: load the base model instead")
+    for name, m in found.items():
+        put(model, name, m.original)  # pyright: ignore[reportArgumentType]
+    detach(model)
+    return model
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Set the submodule at a dotted path."""
+    path, _, leaf = name.rpartition(".")
+    model.get_submodule(path)._modules[leaf] = module
+
+
+def _device(model: nn.Module, name: str) -> torch.device:
+    """Where the site's neighbours live: the nearest owner with parameters."""
+    path = name
+    while path:
+        path = path.rpartition(".")[0]
+        parameter = next(model.get_submodule(path).parameters(), None)
+        if parameter is not None:
+            return torch.device("cpu") if parameter.is_meta else parameter.device
+    return torch.device("cpu")

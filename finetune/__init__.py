@@ -1,0 +1,1 @@
+"""Training: nothing here yet; the layer above `convert` that will fine-tune converted models."""

@@ -1,0 +1,26 @@
+"""Functions of one real variable: families, targets, laws, the solver, the learnable activation. Knows no models."""
+
+from .activation import Activation, original
+from .domains import Gaussian
+from .errors import OrthoactError
+from .families import FAMILIES, get_family
+from .family import Family
+from .fit import Fit, fit, fit_to_tolerance
+from .targets import ALIASES, TARGETS, Target, get_target
+
+__all__ = [
+    "ALIASES",
+    "FAMILIES",
+    "TARGETS",
+    "Activation",
+    "Family",
+    "Fit",
+    "Gaussian",
+    "OrthoactError",
+    "Target",
+    "fit",
+    "fit_to_tolerance",
+    "get_family",
+    "get_target",
+    "original",
+]

@@ -1,0 +1,197 @@
+r"""The learnable activation: a core series between two joints, continued by straight tails.
+
+$$F(x) = S(x_c) + s_{lo} \min(x - lo, 0) + s_{hi} \max(x - hi, 0), \quad x_c = \mathrm{clip}(x, lo, hi)$$
+
+with $s_{lo} = S'(lo) + jump_{lo}$ and likewise at hi. The jumps are zero unless a joint sits on a kink of the target, so
+that F is continuously differentiable. Pretrained transformers have outliers of +-20 at these inputs; the tails keep them
+where the target has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .coordinates import transform
+from .errors import OrthoactError
+from .families import get_family
+from .fit import TAILS, Fit
+
+TENSORS = ("theta", "start", "transform", "end_slopes", "location", "scale", "lo", "hi", "jumps")
+"""Every tensor of an `Activation` in a file; all are needed to evaluate it."""
+
+
+class Activation(nn.Module):
+    r"""A learnable activation $F$ with coefficients $a = a_0 + W \theta$.
+
+    `theta` (float32, shape (n+1,) or (groups, n+1)) is the parameter, zero at the start; `start` ($a_0$), `transform`
+    ($W$, see `coordinates`), `end_slopes` (basis slopes at the joints), `location`, `scale`, `lo`, `hi` and `jumps` are
+    float32 buffers. They stay float32 under `.half()`, `.bfloat16()` and `.to(dtype)`; the series is evaluated in float32
+    or better and the result has the input's dtype. With `groups=G` each of G groups of channels, counted along the axis
+    `channel`, has coefficients of its own.
+
+    >>> from .fit import fit
+    >>> act = Activation.from_fit(fit("gelu"))
+    >>> act(torch.tensor([-20.0, 0.0, 20.0])).round(decimals=3).abs().tolist()
+    [0.0, 0.001, 20.0]
+
+    Raises `OrthoactError` for an unknown family, a wrong degree, tails or number of groups.
+    """
+
+    theta: nn.Parameter
+    start: Tensor
+    transform: Tensor
+    end_slopes: Tensor
+    location: Tensor
+    scale: Tensor
+    lo: Tensor
+    hi: Tensor
+    jumps: Tensor
+
+    def __init__(
+        self,
+        family: str = "hermite",
+        degree: int = 8,
+        *,
+        tails: str = "linear",
+        groups: int | None = None,
+        channel: int = -1,
+        target: str = "",
+        original: Callable[[Tensor], Tensor] | None = None,
+    ):
+        super().__init__()
+        self.family = get_family(family)
+        if not isinstance(degree, int) or degree not in self.family.degrees:
+            raise OrthoactError(f"degree {degree!r}: expected {self.family.degrees[0]} to {self.family.degrees[-1]}")
+        if tails not in TAILS:
+            raise OrthoactError(f"tails {tails!r}: expected one of {', '.join(TAILS)}")
+        if groups is not None and (not isinstance(groups, int) or groups < 1):
+            raise OrthoactError(f"groups {groups!r}: expected a positive whole number")
+        self.degree, self.tails, self.groups, self.channel, self.target = degree, tails, groups, channel, target
+        self.fit_law = (0.0, 1.0, 0.1)  # mean, std and derivative weight of the fit: what a fresh start needs
+        self.bypass = False
+        self.awaiting = False  # rebuilt on the meta device: its tensors must come from a file
+        self._original = [original]  # in a list: not a child, so that it is in no state dict
+        n = self.family.size(degree)
+        kind = {"dtype": torch.float32}
+        self.theta = nn.Parameter(torch.zeros(n if groups is None else (groups, n), **kind))
+        self.register_buffer("start", torch.zeros(n, **kind))
+        self.register_buffer("transform", torch.eye(n, **kind))
+        self.register_buffer("end_slopes", torch.zeros(2, n, **kind))
+        for name, value in (("location", 0.0), ("scale", 1.0), ("lo", -1.0), ("hi", 1.0)):
+            self.register_buffer(name, torch.tensor(value, **kind))
+        self.register_buffer("jumps", torch.zeros(2, **kind))
+
+    @classmethod
+    def from_fit(
+        cls,
+        fit: Fit,
+        *,
+        groups: int | None = None,
+        channel: int = -1,
+        original: Callable[[Tensor], Tensor] | None = None,
+    ) -> Activation:
+        """The activation that starts as `fit`."""
+        act = cls(
+            fit.family,
+            fit.degree,
+            tails=fit.tails,
+            groups=groups,
+            channel=channel,
+            target=fit.target,
+            original=original,
+        )
+        act.load_fit(fit)
+        return act
+
+    @torch.no_grad()
+    def load_fit(self, fit: Fit) -> None:
+        """Start afresh from `fit`, which has this activation's family, degree and tails."""
+        self.fit_law = (fit.mean, fit.std, fit.derivative_weight)
+        ends = torch.tensor([fit.lo, fit.hi], dtype=torch.float64)
+        z = (ends - fit.location) / fit.scale
+        slopes = torch.stack(self.family.slopes(z, self.degree), dim=-1) / fit.scale
+        values = {
+            "theta": torch.zeros_like(self.theta),
+            "start": torch.tensor(fit.coefficients),
+            "transform": torch.from_numpy(transform(fit)),
+            "end_slopes": slopes if self.tails == "linear" else torch.zeros_like(slopes),
+            "jumps": torch.tensor(fit.jumps),
+        }
+        values |= {name: torch.tensor(getattr(fit, name)) for name in ("location", "scale", "lo", "hi")}
+        for name, value in values.items():
+            getattr(self, name).copy_(value)
+
+    @property
+    def coefficients(self) -> Tensor:
+        """The plain coefficients of the series, lowest degree first: shape (n+1,) or (groups, n+1), differentiable."""
+        # elementwise and a sum: a matrix product would run in bfloat16 under autocast
+        return self.start + (self.transform * self.theta.unsqueeze(-2)).sum(-1)
+
+    @property
+    def original(self) -> Callable[[Tensor], Tensor] | None:
+        """The activation that this one replaced."""
+        return self._original[0]
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.bypass:
+            assert self.original is not None
+            return self.original(input)
+        x = input.to(torch.promote_types(input.dtype, torch.float32))
+        a = self.coefficients.to(x.dtype)
+        if self.groups is not None:
+            a = self.per_channel(a, x)
+        if self.tails == "none":
+            return self.family.evaluate(list(a.unbind(-1)), (x - self.location) / self.scale).to(input.dtype)
+        ends = [(a * row).sum(-1) + jump for row, jump in zip(self.end_slopes, self.jumps, strict=True)]
+        core = self.family.evaluate(list(a.unbind(-1)), (x.clamp(self.lo, self.hi) - self.location) / self.scale)
+        # relu, whose slope is zero at zero: at a joint only the core's slope counts
+        return (core - ends[0] * F.relu(self.lo - x) + ends[1] * F.relu(x - self.hi)).to(input.dtype)
+
+    def per_channel(self, a: Tensor, x: Tensor) -> Tensor:
+        """Coefficients (groups, n+1) spread over the channels of x: (channels, 1, ..., n+1)."""
+        width, groups = x.shape[self.channel], a.shape[0]
+        if width % groups:
+            raise OrthoactError(f"groups {groups}: expected a divisor of the {width} channels of an input {tuple(x.shape)}")
+        trailing = x.dim() - 1 - self.channel % x.dim()
+        return a.repeat_interleave(width // groups, dim=0).reshape(width, *[1] * trailing, a.shape[-1])
+
+    def extra_repr(self) -> str:
+        groups = "" if self.groups is None else f", groups={self.groups}, channel={self.channel}"
+        return f"{self.target} as {self.family.name}, degree={self.degree}, tails={self.tails}{groups}"
+
+    def _apply(self, fn, recurse=True):
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+@contextmanager
+def original(model: nn.Module):
+    """Run `model` with the activations that were replaced, on the same weights: the teacher, or a control.
+
+    >>> from .fit import fit
+    >>> net = nn.Sequential(Activation.from_fit(fit("gelu", degree=4), original=nn.GELU()))
+    >>> x = torch.linspace(-3, 3, 7)
+    >>> with original(net):
+    ...     torch.equal(net(x), nn.GELU()(x))
+    True
+    """
+    activations = [m for m in model.modules() if isinstance(m, Activation)]
+    lost = [m for m in activations if m.original is None]
+    if lost:
+        raise OrthoactError(f"the original of {len(lost)} activations is not known: load the base model instead")
+    before = [m.bypass for m in activations]
+    try:
+        for m in activations:
+            m.bypass = True
+        yield model
+    finally:
+        for m, state in zip(activations, before, strict=True):
+            m.bypass = state

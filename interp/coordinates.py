@@ -1,0 +1,41 @@
+"""The coordinates in which a series is learned: one step of them is one step in function space."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .families import get_family
+from .fit import Fit
+
+HEAVY = ((0.9, -0.5, 1.1), (0.1, 0.0, 4.0))
+"""The law of a step's size, in standard deviations of the fit's law: (weight, mean, std) of each Gaussian."""
+
+
+def transform(fit: Fit, derivative_weight: float = 0.1) -> np.ndarray:
+    r"""The matrix W of $a = a_0 + W \theta$: the inverse square root of the Gram matrix of the copy's features.
+
+    The features are $\partial F / \partial a_k$, tails included, under the inner product of J with a heavy-tailed law,
+    so that a coefficient whose tail moves far is stepped little. Shape (coefficients, coefficients), float64.
+
+    >>> from .fit import fit
+    >>> transform(fit("gelu", degree=4)).shape
+    (5, 5)
+    """
+    family = get_family(fit.family)
+    z = np.linspace(-16, 16, 2049)
+    law = sum(p / s * np.exp(-(((z - m) / s) ** 2) / 2) for p, m, s in HEAVY)
+    if fit.tails == "none":  # nothing bounds a bare polynomial: judge it where the fit does
+        law = law * (np.abs(z) <= 4)
+    x, law = fit.mean + fit.std * z, law / law.sum()
+
+    def rows(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        u = (at - fit.location) / fit.scale
+        values, slopes = family.basis(u, fit.degree), family.slopes(u, fit.degree)
+        return np.stack(values, axis=-1), np.stack(slopes, axis=-1) / fit.scale
+
+    core = np.clip(x, fit.lo, fit.hi)
+    values, slopes = rows(core)
+    values = values + slopes * (x - core)[:, None]
+    gram = (law[:, None] * values).T @ values + derivative_weight * (law[:, None] * slopes).T @ slopes
+    size, axes = np.linalg.eigh(gram)
+    return axes @ np.diag(np.maximum(size, size.max() * 1e-10) ** -0.5) @ axes.T

@@ -1,0 +1,466 @@
+r"""The solver: coefficients and joints of a copy of a target, by constrained linear least squares.
+
+The copy is a core series $S$ on $[lo, hi]$ continued by straight tails (see `activation`). It minimises
+
+$$J = E[(F - f)^2] + \lambda E[(F' - f')^2]$$
+
+over the law of the inputs, under the equalities that S takes the value and slope of the target's asymptote at each
+joint. The joints minimise J too. Everything is deterministic linear algebra in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from math import inf, isfinite
+from time import perf_counter
+
+import numpy as np
+from torch import Tensor
+
+from .domains import Gaussian
+from .errors import OrthoactError
+from .families import get_family
+from .family import Family
+from .targets import Line, Target, get_target
+
+TAILS = ("linear", "none")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted copy of a target: what it is, how near it is, and why it is what it is."""
+
+    target: str
+    """Name of the target."""
+    family: str
+    """Name of the family."""
+    degree: int
+    """Degree of the core."""
+    tails: str
+    """`linear` (straight tails outside the joints) or `none` (the bare series everywhere)."""
+    coefficients: tuple[float, ...]
+    """Coefficients of the core in the family's basis, lowest degree first."""
+    mean: float
+    """Mean of the law of the inputs."""
+    std: float
+    """Standard deviation of the law of the inputs."""
+    derivative_weight: float
+    """Lambda of J."""
+    location: float
+    """Centre of the standardised variable z = (x - location) / scale."""
+    scale: float
+    """Unit of the standardised variable."""
+    lo: float
+    """Left joint, -inf without tails."""
+    hi: float
+    """Right joint, inf without tails."""
+    jumps: tuple[float, float]
+    """What is added to the core's slope at lo and hi to give the tails' slopes; zero unless a joint sits on a kink."""
+    value_rms: float
+    """Root mean square of F - f under the law."""
+    slope_rms: float
+    """Root mean square of F' - f' under the law."""
+    value_max: float
+    """Largest |F - f| on [-20, 20] and mean +- 9 std; without tails on mean +- 4 std."""
+    slope_max: float
+    """Largest |F' - f'| on the same points."""
+    objective: float
+    """J."""
+    condition: float
+    """Condition number of the least-squares system that was solved."""
+    holds: tuple[float, float]
+    """The range in which the copy can be trusted: unbounded where the target's asymptotes are affine."""
+    reason: str
+    """How the joints and the coefficients were found."""
+    seconds: float
+    """Time taken."""
+
+    @property
+    def parameters(self) -> int:
+        """Number of learnable coefficients."""
+        return len(self.coefficients)
+
+    def __call__(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values and slopes of the copy at `x`, in float64: the reference that the module is tested against."""
+        return _copy(get_family(self.family), self, np.asarray(x, dtype=np.float64))
+
+    def to_dict(self) -> dict:
+        """The fields as plain JSON values; an infinite joint or range end is None."""
+        values = asdict(self) | {"parameters": self.parameters}
+        finite = {k: None for k in ("lo", "hi") if not isfinite(values[k])}
+        return values | finite | {"holds": [end if isfinite(end) else None for end in self.holds]}
+
+
+def fit(
+    target: str | Target | Callable[[Tensor], Tensor],
+    *,
+    family: str = "hermite",
+    degree: int = 8,
+    domain: Gaussian | None = None,
+    tails: str = "linear",
+    derivative_weight: float = 0.1,
+) -> Fit:
+    """Fit a copy of `target` (a name, a `Target` or an elementwise callable).
+
+    `degree` is the degree of the core, `domain` the law of the inputs (default N(0, 1)), `derivative_weight` the
+    lambda of J. Raises `OrthoactError` for an unknown family or target, a degree out of range, or one that is too low
+    to meet the target's asymptotes.
+
+    >>> copy = fit("gelu", degree=8)
+    >>> copy.parameters, copy.value_rms < 1e-3, round(copy.hi, 1) == -round(copy.lo, 1)
+    (9, True, True)
+    """
+    start = perf_counter()
+    problem = _Problem(get_target(target), get_family(family), degree, domain or Gaussian(), tails, derivative_weight)
+    result = problem.solve()
+    return replace(result, seconds=perf_counter() - start)
+
+
+def fit_to_tolerance(target: str | Target | Callable[[Tensor], Tensor], tolerance: float, **options) -> Fit:
+    """The fit of the lowest degree whose root of J is at most `tolerance`; `options` as in `fit`.
+
+    Where no degree reaches it, the best fit is returned and its reason says so.
+
+    >>> fit_to_tolerance("gelu", 1e-2).degree
+    4
+    """
+    if not tolerance > 0:
+        raise OrthoactError(f"--tolerance {tolerance}: expected a positive number")
+    best = None
+    for degree in get_family(options.get("family", "hermite")).degrees:
+        try:
+            candidate = fit(target, degree=degree, **options)
+        except OrthoactError:  # too low to meet the asymptotes
+            continue
+        if candidate.objective**0.5 <= tolerance:
+            return candidate
+        best = min(best or candidate, candidate, key=lambda f: f.objective)
+    if best is None:
+        raise OrthoactError(f"--tolerance {tolerance}: no degree could be fitted to {target!r}; use --tails none")
+    return replace(best, reason=f"{best.reason}; misses the tolerance {tolerance:g} at {best.objective**0.5:.2e}")
+
+
+@dataclass(frozen=True)
+class _Side:
+    """What is asked of one joint."""
+
+    line: Line | None
+    """The affine tail to meet; None takes the target's own value and slope at the joint."""
+    kink: float | None = None
+    """The joint sits here, and the tail's slope need not be the core's."""
+
+
+class _Problem:
+    """One fit: the target sampled under the law, the sides, and the search."""
+
+    def __init__(self, target: Target, family: Family, degree: int, domain: Gaussian, tails: str, weight: float):
+        if tails not in TAILS:
+            raise OrthoactError(f"--tails {tails!r}: expected one of {', '.join(TAILS)}")
+        if not isinstance(degree, int) or degree not in family.degrees:
+            bounds = f"{family.degrees[0]} to {family.degrees[-1]}"
+            raise OrthoactError(f"--degree {degree}: expected a whole number from {bounds} for the family {family.name}")
+        if not (isfinite(weight) and weight >= 0):
+            raise OrthoactError(f"--derivative-weight {weight}: expected a finite number that is not negative")
+        self.target, self.family, self.degree, self.domain = target, family, degree, domain
+        self.tails, self.weight = tails, weight
+        self.x, self.w = domain.nodes()
+        for kink in target.kinks:  # the slope at a kink is a convention of autograd
+            self.w = np.where(np.abs(self.x - kink) < 1e-9 * domain.scale, 0.0, self.w)
+        far = np.linspace(-20, 20, 401) if tails == "linear" else np.empty(0)
+        values, slopes = target(np.concatenate([self.x, far]))
+        n = len(self.x)
+        self.f, self.d = values[:n], slopes[:n]
+        self.far = (far, values[n:], slopes[n:])
+        self.location, self.scale = domain.location, domain.scale
+
+    def rows(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Basis values and derivatives with respect to x, each (points, coefficients)."""
+        z = (x - self.location) / self.scale
+        values = np.stack(self.family.basis(z, self.degree), axis=-1)
+        return values, np.stack(self.family.slopes(z, self.degree), axis=-1) / self.scale
+
+    def solve(self) -> Fit:
+        if self.tails == "none":
+            return self.finish(-inf, inf, (_Side(None), _Side(None)), "least squares on the law, no tails")
+        sides, reason = self.choose_sides()
+        lo, hi = self.search(sides)
+        return self.finish(lo, hi, sides, reason)
+
+    # -- the joints ---------------------------------------------------------------------------------------------------
+
+    def choose_sides(self) -> tuple[tuple[_Side, _Side], str]:
+        """Joints sit on the outermost kinks beyond which the target is a straight line: there the copy starts exact."""
+        left, right = _Side(self.target.left), _Side(self.target.right)
+        kinks = self.target.kinks
+        if not kinks:
+            return (left, right), "joints minimise J; the core meets the asymptotes there"
+        on_left = self.target.left if self.is_line(self.target.left, -inf, kinks[0]) else None
+        on_right = self.target.right if self.is_line(self.target.right, kinks[-1], inf) else None
+        if on_left:
+            left = _Side(on_left, kinks[0])
+        if on_right and (len(kinks) > 1 or not on_left):
+            right = _Side(on_right, kinks[-1])
+        placed = [side.kink for side in (left, right) if side.kink is not None]
+        if not placed:
+            return (left, right), "joints minimise J; the kink stays inside the core"
+        return (left, right), "joints on the kinks at " + ", ".join(f"{k:g}" for k in placed)
+
+    def is_line(self, line: Line | None, start: float, end: float) -> bool:
+        if line is None:
+            return False
+        x = np.concatenate([self.x, self.far[0]])
+        inside = (x > start) & (x < end)
+        gap = np.concatenate([self.f, self.far[1]]) - (line[0] * x + line[1])
+        return bool(inside.any() and np.abs(gap[inside]).max() < 1e-12 * (1 + np.abs(x[inside]).max()))
+
+    def search(self, sides: tuple[_Side, _Side]) -> tuple[float, float]:
+        """The joints of least J: a scan outwards from the centre of the target's curvature, then a pattern search."""
+        fixed = tuple(side.kink for side in sides)
+        if fixed[0] is not None and fixed[1] is not None:
+            return fixed[0], fixed[1]
+        objective = _Objective(self, sides)
+        bend = np.abs(np.diff(self.d))
+        middle = (self.x[1:] + self.x[:-1]) / 2
+        mass = bend.sum() or 1.0
+        centre = float(bend @ middle / mass) if bend.sum() else self.domain.location
+        spread = float(np.sqrt(bend @ (middle - centre) ** 2 / mass)) or self.domain.scale
+        symmetric = self.is_symmetric()
+        if symmetric:
+            centre = 0.0
+        least, most = self.x[0], self.x[-1]
+
+        def joints(radius: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            lo = np.full_like(radius, fixed[0]) if fixed[0] is not None else np.maximum(centre - radius, least)
+            hi = np.full_like(radius, fixed[1]) if fixed[1] is not None else np.minimum(centre + radius, most)
+            return lo, hi
+
+        radii = np.geomspace(0.4, 8, 24) * spread
+        for _ in range(3):
+            values = objective(*joints(radii))
+            if not np.isfinite(values).any():
+                raise OrthoactError(
+                    f"--degree {self.degree}: a {self.family.name} core of this degree cannot meet the asymptotes of "
+                    f"{self.target.name} at both joints; raise the degree or use --tails none"
+                )
+            # where the copy is exact to rounding any joint will do: then three standard deviations
+            good = values <= values.min() + 1e-14 * (1 + self.w @ self.f**2)
+            best = np.flatnonzero(good)[np.abs(radii[good] - 3 * self.domain.scale).argmin()]
+            radius = radii[best]
+            radii = np.linspace(radii[max(best - 1, 0)], radii[min(best + 1, len(radii) - 1)], 12)
+        lo, hi = (float(side[0]) for side in joints(np.array([radius])))
+        if not symmetric and not good.all():
+            lo, hi = self.pattern_search(objective, lo, hi, fixed, float(values.min()))
+        return lo, hi
+
+    def pattern_search(self, objective, lo, hi, fixed, value) -> tuple[float, float]:
+        """Move both joints apart from each other, in shrinking steps."""
+        moves = np.array([(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1) if (a, b) != (0, 0)], dtype=float)
+        moves = moves * [fixed[0] is None, fixed[1] is None]
+        step = (hi - lo) / 8
+        for _ in range(40):
+            at = np.clip(np.array([lo, hi]) + step * moves, self.x[0], self.x[-1])
+            values = objective(at[:, 0], at[:, 1])
+            best = int(values.argmin())
+            if values[best] < value:
+                (lo, hi), value = at[best], values[best]
+            else:
+                step /= 2.5
+            if step < 2e-3 * self.domain.scale:
+                break
+        return float(lo), float(hi)
+
+    def is_symmetric(self) -> bool:
+        """Whether the best joints lie at +-R: a law that is even, and a target that is even or odd but for a line."""
+        if self.domain.location != 0 or self.target.kinks:
+            return False
+        for sign in (1, -1):
+            part = self.f - sign * self.f[::-1]  # zero, or a line, where the target is symmetric
+            slope = part[-1] / self.x[-1] if sign == 1 else 0.0
+            level = part.mean() if sign == -1 else 0.0
+            if np.abs(part - slope * self.x - level).max() < 1e-9 * (1 + np.abs(self.f).max()):
+                return True
+        return False
+
+    # -- the coefficients ---------------------------------------------------------------------------------------------
+
+    def constraints(self, joint: float, side: _Side) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and right-hand sides of the equalities at a joint."""
+        values, slopes = self.rows(np.array([joint]))
+        if side.line is not None:
+            wanted = np.array([side.line[0] * joint + side.line[1], side.line[0]])
+        else:
+            value, slope = self.target(np.array([joint]))
+            wanted = np.array([value[0], slope[0]])
+        rows = np.concatenate([values, slopes])
+        return (rows[:1], wanted[:1]) if side.kink is not None else (rows, wanted)
+
+    def finish(self, lo: float, hi: float, sides: tuple[_Side, _Side], reason: str) -> Fit:
+        """Solve for the coefficients at given joints and measure the result."""
+        lo, hi = float(np.float32(lo)), float(np.float32(hi))  # the module keeps them so
+        if self.tails == "linear":  # the core spans |z| <= 3, where the basis is well conditioned
+            self.location, self.scale = (float(np.float32(v)) for v in ((lo + hi) / 2, (hi - lo) / 2 / self.family.reach(self.degree)))
+        core = (self.x >= lo) & (self.x <= hi)
+        root = np.sqrt(self.w[core])[:, None]
+        basis, slopes = self.rows(self.x[core])
+        system = np.concatenate([root * basis, np.sqrt(self.weight) * root * slopes])
+        wanted = np.concatenate([root[:, 0] * self.f[core], np.sqrt(self.weight) * root[:, 0] * self.d[core]])
+        particular, free = np.zeros(system.shape[1]), np.eye(system.shape[1])
+        if self.tails == "linear":
+            pairs = [self.constraints(joint, side) for joint, side in zip((lo, hi), sides, strict=True)]
+            equalities, values = (np.concatenate(part) for part in zip(*pairs, strict=True))
+            u, s, vt = np.linalg.svd(equalities)
+            rank = int((s > 1e-10 * s[0]).sum())
+            particular = vt[:rank].T @ ((u[:, :rank].T @ values) / s[:rank])
+            free = vt[rank:].T
+        solution, _, _, singular = np.linalg.lstsq(system @ free, wanted - system @ particular, rcond=None)
+        coefficients = particular + free @ solution
+        coefficients[np.abs(coefficients) < 1e-12 * np.abs(coefficients).max(initial=0)] = 0.0
+        jumps = [0.0, 0.0]
+        for i, (joint, side) in enumerate(zip((lo, hi), sides, strict=True)):
+            if side.kink is not None and side.line is not None:
+                jumps[i] = float(side.line[0] - self.rows(np.array([joint]))[1][0] @ coefficients)
+        holds = tuple(
+            end if side.line is None else far
+            for end, side, far in zip((lo, hi), sides, self.target.holds, strict=True)
+        )
+        result = Fit(
+            target=self.target.name,
+            family=self.family.name,
+            degree=self.degree,
+            tails=self.tails,
+            coefficients=tuple(float(c) for c in coefficients),
+            mean=self.domain.location,
+            std=self.domain.scale,
+            derivative_weight=self.weight,
+            location=self.location,
+            scale=self.scale,
+            lo=lo,
+            hi=hi,
+            jumps=(jumps[0], jumps[1]),
+            value_rms=0.0,
+            slope_rms=0.0,
+            value_max=0.0,
+            slope_max=0.0,
+            objective=0.0,
+            condition=float(singular[0] / singular[-1]) if len(singular) and singular[-1] > 0 else 1.0,
+            holds=holds if self.tails == "linear" else self.four_deviations(),
+            reason=reason,
+            seconds=0.0,
+        )
+        return self.measure(result)
+
+    def four_deviations(self) -> tuple[float, float]:
+        return self.domain.location - 4 * self.domain.scale, self.domain.location + 4 * self.domain.scale
+
+    def measure(self, result: Fit) -> Fit:
+        value, slope = result(self.x)
+        error, slope_error = value - self.f, slope - self.d
+        if self.tails == "linear":
+            far_value, far_slope = result(self.far[0])
+            sup = max(np.abs(error).max(), np.abs(far_value - self.far[1]).max())
+            slope_sup = max(np.abs(slope_error).max(), np.abs(far_slope - self.far[2]).max())
+        else:
+            near = (self.x >= result.holds[0]) & (self.x <= result.holds[1])
+            sup, slope_sup = np.abs(error[near]).max(), np.abs(slope_error[near]).max()
+        square, slope_square = float(self.w @ error**2), float(self.w @ slope_error**2)
+        return replace(
+            result,
+            value_rms=square**0.5,
+            slope_rms=slope_square**0.5,
+            value_max=float(sup),
+            slope_max=float(slope_sup),
+            objective=square + self.weight * slope_square,
+        )
+
+
+class _Objective:
+    """J at many pairs of joints at once.
+
+    The Gram matrix of the core between two joints is a difference of running sums over the nodes, so that each pair
+    costs a small solve and no pass over the data. The search needs no more than its few digits; `finish` solves the
+    chosen problem again by orthogonal factorisation.
+    """
+
+    def __init__(self, problem: _Problem, sides: tuple[_Side, _Side]):
+        self.problem, self.sides = problem, sides
+        p, weight = problem, problem.weight
+        w = p.w[:, None]
+        value, slope = p.rows(p.x)
+        slope = np.sqrt(weight) * slope
+        f, d = p.f[:, None], np.sqrt(weight) * p.d[:, None]
+        gram = (w * value)[:, :, None] * value[:, None] + (w * slope)[:, :, None] * slope[:, None]
+        self.gram = _running(gram)
+        self.right = _running(w * (value * f + slope * d))
+        self.square = _running(w[:, 0] * (f[:, 0] ** 2 + d[:, 0] ** 2))
+        self.tail = [None if side.line is None else _running(self.tail_error(side.line)) for side in sides]
+
+    def tail_error(self, line: Line) -> np.ndarray:
+        p = self.problem
+        return p.w * ((p.f - line[0] * p.x - line[1]) ** 2 + p.weight * (p.d - line[0]) ** 2)
+
+    def __call__(self, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
+        p = self.problem
+        at_lo, at_hi = ((j - p.x[0]) / (p.x[1] - p.x[0]) + 0.5 for j in (lo, hi))
+        gram = _between(self.gram, at_lo, at_hi)
+        right = _between(self.right, at_lo, at_hi)
+        square = _between(self.square, at_lo, at_hi)
+        equalities, wanted, tails = [], [], 0.0
+        ends = np.full_like(at_lo, 0.0), np.full_like(at_lo, float(len(p.x)))
+        for i, (joint, at, side) in enumerate(zip((lo, hi), (at_lo, at_hi), self.sides, strict=True)):
+            values, slopes = p.rows(joint)
+            if side.line is not None:
+                value, slope = side.line[0] * joint + side.line[1], np.full_like(joint, side.line[0])
+                tail = self.tail[i]
+                assert tail is not None
+                tails = tails + (_between(tail, ends[0], at) if i == 0 else _between(tail, at, ends[1]))
+            else:
+                value, slope = np.interp(joint, p.x, p.f), np.interp(joint, p.x, p.d)
+                outside = (p.x < joint[:, None]) if i == 0 else (p.x > joint[:, None])
+                gap = value[:, None] + slope[:, None] * (p.x - joint[:, None]) - p.f
+                tails = tails + ((gap**2 + p.weight * (slope[:, None] - p.d) ** 2) * outside) @ p.w
+            equalities += [values] if side.kink is not None else [values, slopes]
+            wanted += [value] if side.kink is not None else [value, slope]
+        matrix, target = np.stack(equalities, 1), np.stack(wanted, 1)[..., None]
+        inverse = np.linalg.pinv(matrix, rcond=1e-10)
+        particular = inverse @ target
+        missed = np.abs(matrix @ particular - target).max(axis=(1, 2)) > 1e-7 * (1 + np.abs(target).max())
+        eye = np.eye(gram.shape[-1])
+        project = eye - inverse @ matrix
+        ridge = 1e-14 * np.trace(gram, axis1=1, axis2=2)[:, None, None] + 1e-18
+        system = project @ gram @ project + (eye - project) + ridge * eye
+        free = np.linalg.solve(system, project @ (right[..., None] - gram @ particular))
+        c = particular + project @ free
+        value = ((gram @ c - 2 * right[..., None]) * c).sum((1, 2)) + square + tails
+        return np.where(missed | (hi <= lo), inf, np.maximum(value, 0))
+
+
+def _running(density: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros_like(density[:1]), np.cumsum(density, axis=0)])
+
+
+def _between(running: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """The sum between two fractional positions of the nodes, by linear interpolation of the running sum."""
+
+    def at(position: np.ndarray) -> np.ndarray:
+        position = np.clip(position, 0, len(running) - 1)
+        index = np.minimum(position.astype(int), len(running) - 2)
+        part = (position - index).reshape(-1, *[1] * (running.ndim - 1))
+        return running[index] * (1 - part) + running[index + 1] * part
+
+    return at(end) - at(start)
+
+
+def _copy(family: Family, fit: Fit, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def series(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        z = (at - fit.location) / fit.scale
+        slopes = np.stack(family.slopes(z, fit.degree), axis=-1) @ np.array(fit.coefficients)
+        return family.evaluate(list(fit.coefficients), z), slopes / fit.scale
+
+    clipped = np.clip(x, fit.lo, fit.hi)
+    value, slope = series(clipped)
+    if fit.tails == "none":
+        return value, slope
+    ends = series(np.array([fit.lo, fit.hi]))[1] + np.array(fit.jumps)
+    value = value + ends[0] * np.minimum(x - fit.lo, 0) + ends[1] * np.maximum(x - fit.hi, 0)
+    return value, np.where(x < fit.lo, ends[0], np.where(x > fit.hi, ends[1], slope))

@@ -1,0 +1,53 @@
+"""The Hermite family: polynomials that are orthonormal under the standard normal law."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+from .family import Array, Family
+
+
+class Hermite(Family):
+    r"""$S(z) = \sum_{k=0}^n c_k h_k(z)$ with $h_k = He_k / \sqrt{k!}$, the probabilists' Hermite polynomials.
+
+    They obey $h_{k+1} = (z h_k - \sqrt{k} h_{k-1}) / \sqrt{k+1}$ and $h_k' = \sqrt{k} h_{k-1}$. The paper
+    (arXiv:2502.01247, section 3) writes $\sum_k a_k He_k / k!$; there $a_k = c_k \sqrt{k!}$.
+
+    >>> import numpy as np
+    >>> h = Hermite()
+    >>> [float(v[0]) for v in h.basis(np.array([2.0]), 2)]  # 1, z, (z^2 - 1) / sqrt(2)
+    [1.0, 2.0, 2.1213203435596424]
+    """
+
+    name = "hermite"
+    formula = "sum_k c_k He_k(z) / sqrt(k!)"
+    smoothness = "polynomial"
+    reference = "arXiv:2502.01247"
+    degrees = range(1, 25)
+
+    def size(self, degree: int) -> int:
+        return degree + 1
+
+    def reach(self, degree: int) -> float:
+        # inside the turning point 2 sqrt(n); measured: the least float32 error from degree 2 to 24
+        return 1.3 * sqrt(degree)
+
+    def basis(self, z: Array, degree: int) -> list[Array]:
+        values = [z * 0 + 1, z]
+        for k in range(1, degree):
+            values.append((z * values[k] - sqrt(k) * values[k - 1]) / sqrt(k + 1))
+        return values[: degree + 1]
+
+    def slopes(self, z: Array, degree: int) -> list[Array]:
+        values = self.basis(z, degree)
+        return [z * 0] + [sqrt(k) * values[k - 1] for k in range(1, degree + 1)]
+
+    def evaluate(self, coefficients: list[Array], z: Array) -> Array:
+        # Clenshaw's recurrence: stable where the monomial form loses digits (degree 16 at |z| = 3.5).
+        upper, upper2 = coefficients[-1] + z * 0, None
+        for k in range(len(coefficients) - 2, -1, -1):
+            current = coefficients[k] + z * upper * (1 / sqrt(k + 1))
+            if upper2 is not None:
+                current = current - upper2 * sqrt((k + 1) / (k + 2))
+            upper, upper2 = current, upper
+        return upper

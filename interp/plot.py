@@ -1,0 +1,42 @@
+"""Pictures of a fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from .errors import OrthoactError
+from .fit import Fit
+from .targets import Target
+
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def plot_fit(fit: Fit, target: Target, path: str | Path) -> None:
+    """Draw target, copy and joints, and the errors of value and slope below; the format is that of the file's name."""
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise OrthoactError(f"--plot {path}: expected a name that ends in {', '.join(FORMATS)}")
+    from matplotlib.figure import Figure
+
+    ends = [end for end in (fit.lo, fit.hi) if np.isfinite(end)]
+    reach = 1.4 * max([4.0 * fit.std + abs(fit.mean), *map(abs, ends)])
+    x = np.linspace(-reach, reach, 1001)
+    value, slope = fit(x)
+    wanted, wanted_slope = target(x)
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    top.plot(x, wanted, color="0.6", linewidth=5, label=fit.target)
+    top.plot(x, value, color="tab:blue", label=f"{fit.family} {fit.degree}")
+    top.legend()
+    bottom.plot(x, value - wanted, color="tab:blue", label="value error")
+    bottom.plot(x, slope - wanted_slope, color="tab:orange", label="slope error")
+    bottom.axhline(0, color="0.8", zorder=0)
+    bottom.legend()
+    for axes in (top, bottom):
+        for end in ends:
+            axes.axvline(end, color="0.8", linestyle=":", zorder=0)
+    bottom.set_xlabel(f"x  (value RMS {fit.value_rms:.2e}, slope RMS {fit.slope_rms:.2e})")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
