@@ -77,7 +77,10 @@ choosing = _options(
 def _console():
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        console.width = 120
+    return console
 
 
 @contextmanager
@@ -119,11 +122,15 @@ def _table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
 
 
 def _fit_options(family, degree, tolerance, tails, derivative_weight) -> dict[str, Any]:
+    from .interp.fit import DERIVATIVE_WEIGHT, check_options
+
     if degree is not None and tolerance is not None:
         raise click.UsageError("give --degree or --tolerance, not both")
-    options = {"family": family, "tails": tails}
-    options |= {} if derivative_weight is None else {"derivative_weight": derivative_weight}
-    return options | ({"tolerance": tolerance} if tolerance is not None else {"degree": 8 if degree is None else degree})
+    degree = 8 if degree is None else degree
+    weight = DERIVATIVE_WEIGHT if derivative_weight is None else derivative_weight
+    check_options(family, degree, tails, weight)
+    options: dict[str, Any] = {"family": family, "tails": tails, "derivative_weight": weight}
+    return options | ({"tolerance": tolerance} if tolerance is not None else {"degree": degree})
 
 
 def _left_rows(left) -> list[dict[str, Any]]:
@@ -368,7 +375,7 @@ def evaluate(
     with _status(f"loading {out}", not quiet):
         source = load_source(out, revision=revision, **loads)
         base = load_source(against, **loads) if against else None
-    with Progress(console=_console(), transient=True, disable=quiet) as bar:
+    with Progress(console=_console(), transient=True, disable=quiet or not _console().is_terminal) as bar:
         job = bar.add_task("comparing", total=None)
         result = compare(
             source,

@@ -128,7 +128,7 @@ def audit(model: nn.Module, sites: list[Site]) -> Audit:
 
 def _channel_axis(module: nn.Module, output: Tensor) -> int | None:
     """The axis along which the weights of a layer differ."""
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._NormBase | nn.GroupNorm):
         return 1
     for name in ("out_features", "num_features", "nf"):
         width = getattr(module, name, None)
@@ -166,6 +166,9 @@ def _timm_batch(model: nn.Module, rows: int, generator: torch.Generator) -> dict
     size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
     if size is None:
         raise OrthoactError("the model has no config that tells its input")
+    built = getattr(model, "_model_args", {}).get("img_size")  # the config tells the size of the pretrained weights
+    if built is not None:
+        size = (size[0], *((built, built) if isinstance(built, int) else built))
     name = next(iter(inspect.signature(model.forward).parameters))
     return {name: torch.randn(rows, *size, generator=generator)}
 

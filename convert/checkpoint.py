@@ -15,14 +15,12 @@ from torch import nn
 
 from .._version import __version__
 from ..interp.errors import OrthoactError
-from .sources import Source, carried_files
-
-REPORT = "orthoact.json"
-"""The file beside the weights that says how they were made: base, sites with their fits, what is left, versions."""
+from .sources import REPORT, Source, carried_files
 
 
 def check_output(out: Path, *, overwrite: bool) -> None:
     """Refuse, before any work is done, a folder that must not be written."""
+    out = Path(os.path.abspath(out.expanduser()))
     if not out.exists():
         return
     if not overwrite:
@@ -36,6 +34,7 @@ def check_output(out: Path, *, overwrite: bool) -> None:
 @contextmanager
 def replacing(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A new empty folder beside `out` that takes its name at the end; on failure nothing is left and nothing lost."""
+    out = Path(os.path.abspath(out.expanduser()))
     check_output(out, overwrite=overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(4)
@@ -43,6 +42,7 @@ def replacing(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     new.mkdir()
     try:
         yield new
+        check_output(out, overwrite=overwrite)  # it may have appeared meanwhile
         if out.exists():
             os.rename(out, old)
         try:
@@ -78,7 +78,7 @@ def save(
                 shutil.copyfile(path, target)
         record = {"orthoact": __version__, **(report or {})}
         if source is not None:
-            record["base"] = {"model": source.name, "revision": source.revision, "library": source.kind}
+            record["base"] = {"model": source.base, "revision": source.revision, "library": source.kind}
         (folder / REPORT).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return out
 
@@ -98,10 +98,3 @@ def write_weights(model: Any, folder: Path) -> None:
         path.write_text(json.dumps(config, indent=2), encoding="utf-8")
     else:
         raise OrthoactError(f"{type(model).__name__} is of neither transformers nor timm: save its state_dict yourself")
-
-
-def read_report(folder: Path) -> dict[str, Any]:
-    """The report in a converted folder, empty where there is none."""
-    path = folder / REPORT
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..interp.errors import OrthoactError
 from .audit import probe_batch
-from .sources import Source, demo_folder
+from .sources import DEMO, Source, demo_folder
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -57,9 +57,10 @@ def batches(source: Source, data: str | Path | None, *, limit: int | None = None
         raise OrthoactError(f"--batch-size {size}: expected a positive whole number")
     name = "file"
     if data is None:
-        if source.name != "demo" or not predicts_next(model):
-            batch = probe_batch(model, rows=4, length=64, seed=seed)
-            return Batches("probe", "images" if takes_images(model) else "texts", [batch])
+        if source.base != DEMO or not predicts_next(model):
+            images = takes_images(model)
+            batch = probe_batch(model, rows=2 if images else 4, length=64, seed=seed)
+            return Batches("probe", "images" if images else "texts", [batch])
         data, name = demo_folder() / "heldout.txt", "demo"
     path = Path(data).expanduser()
     if not path.exists():

@@ -9,6 +9,7 @@ record then replaces them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -35,9 +36,8 @@ def describe(activations: Mapping[str, Activation]) -> dict[str, Any]:
             "tails": act.tails,
             "groups": act.groups,
             "channel": act.channel,
-            "mean": act.fit_law[0],
-            "std": act.fit_law[1],
-            "derivative_weight": act.fit_law[2],
+            "domain": asdict(act.domain),
+            "derivative_weight": act.derivative_weight,
         }
         for name, act in activations.items()
     }
@@ -175,10 +175,8 @@ def install(model: nn.Module, spec: Mapping[str, Any], *, complete: bool) -> lis
     or added, and may lack some. With `complete`, a site that is not there is an error.
     """
     check(spec)
-    prefix = getattr(model, "base_model_prefix", "")
     installed = []
-    for name, entry in spec["sites"].items():
-        here = _find(model, name, prefix)
+    for name, here in located(model, spec).items():
         if here is None:
             if complete:
                 raise OrthoactError(
@@ -190,8 +188,14 @@ def install(model: nn.Module, spec: Mapping[str, Any], *, complete: bool) -> lis
         old = model.get_submodule(here)
         if not isinstance(old, Activation):
             parent, _, leaf = here.rpartition(".")
-            model.get_submodule(parent)._modules[leaf] = _rebuild(name, entry, old)
+            model.get_submodule(parent)._modules[leaf] = _rebuild(name, spec["sites"][name], old)
     return installed
+
+
+def located(model: nn.Module, spec: Mapping[str, Any]) -> dict[str, str | None]:
+    """Each recorded name with the path that it has in this model, None where it has none."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return {name: _find(model, name, prefix) for name in spec["sites"]}
 
 
 def _find(model: nn.Module, name: str, prefix: str) -> str | None:
@@ -218,7 +222,7 @@ def _rebuild(name: str, entry: Mapping[str, Any], old: nn.Module) -> Activation:
             target=entry["target"],
             original=old,
         )
-        act.fit_law = (entry["mean"], entry["std"], entry["derivative_weight"])
+        act.domain, act.derivative_weight = Gaussian(**entry["domain"]), entry["derivative_weight"]
     except KeyError as error:
         raise OrthoactError(f"the record of the activation {name!r} lacks {error}: convert the model again") from error
     if act.theta.is_meta:
@@ -233,8 +237,8 @@ def _rebuild(name: str, entry: Mapping[str, Any], old: nn.Module) -> Activation:
                 family=entry["family"],
                 degree=entry["degree"],
                 tails=entry["tails"],
-                domain=Gaussian(entry["mean"], entry["std"]),
-                derivative_weight=entry["derivative_weight"],
+                domain=act.domain,
+                derivative_weight=act.derivative_weight,
             )
         )
     return act

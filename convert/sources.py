@@ -36,6 +36,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 DEMO = "demo"
 
+REPORT = "orthoact.json"
+"""The file beside the weights that says how they were made: base, sites with their fits, what is left, versions."""
+
 CARRIED = (
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken"),
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "feature_extractor*.json"),
@@ -59,6 +62,13 @@ class Source:
     """The folder that holds its files, None where timm loaded it by name."""
     revision: str | None = None
     """Hub revision that was asked for."""
+
+    @property
+    def base(self) -> str:
+        """The name of the model that this one was converted from; its own name where it was not."""
+        report = self.folder / REPORT if self.folder else None
+        recorded = _read_json(report, self.name).get("base", {}) if report and report.is_file() else {}
+        return recorded.get("model", self.name)
 
     @property
     def converted(self) -> bool:

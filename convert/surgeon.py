@@ -13,7 +13,7 @@ from torch import nn
 from ..interp.activation import Activation
 from ..interp.domains import Gaussian
 from ..interp.errors import OrthoactError
-from ..interp.fit import Fit, fit, fit_to_tolerance
+from ..interp.fit import DERIVATIVE_WEIGHT, Fit, check_options, fit, fit_to_tolerance
 from .audit import Audit, Left, audit
 from .record import attach, detach
 from .sites import Site, survey
@@ -91,7 +91,7 @@ def plan(
     degree: int = 8,
     tolerance: float | None = None,
     tails: str = "linear",
-    derivative_weight: float = 0.1,
+    derivative_weight: float = DERIVATIVE_WEIGHT,
     domain: Gaussian | None = None,
     groups: int | None = None,
     include: Iterable[str] = (),
@@ -105,6 +105,7 @@ def plan(
     or a fit is impossible.
     """
     start = perf_counter()
+    check_options(family, degree, tails, derivative_weight)
     if any(isinstance(m, Activation) for m in model.modules()):
         raise OrthoactError("the model is converted already: revert it first (orthoact revert), or --overwrite to refit")
     for name, parameter in model.named_parameters():

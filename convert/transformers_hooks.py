@@ -17,7 +17,7 @@ from typing import Any
 
 from ..interp.activation import Activation
 from ..interp.errors import OrthoactError
-from .record import SENTINEL, install, missing, seal, unseal
+from .record import SENTINEL, install, located, missing, seal, unseal
 
 TESTED = ("5.20", "5.23")
 """First and last minor version of transformers that the tests ran on."""
@@ -181,11 +181,10 @@ def check_saveable(model: Any) -> None:
             f"{type(model).__name__} holds {len(has)} learnable activations but its config has no record of them: "
             f"convert it with orthoact.convert_, or save the model that was converted"
         )
-    recorded = set(install(model, spec, complete=False)) if has else set()
-    if not has or has - recorded:
+    if has != {path for path in located(model, spec).values() if path is not None}:
         raise OrthoactError(
             f"the config of {type(model).__name__} records {len(spec['sites'])} learnable activations, the model holds "
-            f"{len(has)} others: revert it with orthoact.revert_ or convert it again"
+            f"{len(has)}, not at the same places: revert it with orthoact.revert_ or convert it again"
         )
 
 

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .coordinates import transform
+from .domains import Gaussian
 from .errors import OrthoactError
 from .families import get_family
-from .fit import TAILS, Fit
+from .fit import DERIVATIVE_WEIGHT, TAILS, Fit
 
 TENSORS = ("theta", "start", "transform", "end_slopes", "location", "scale", "lo", "hi", "jumps")
 """Every tensor of an `Activation` in a file; all are needed to evaluate it."""
@@ -72,7 +73,7 @@ class Activation(nn.Module):
         if groups is not None and (not isinstance(groups, int) or groups < 1):
             raise OrthoactError(f"groups {groups!r}: expected a positive whole number")
         self.degree, self.tails, self.groups, self.channel, self.target = degree, tails, groups, channel, target
-        self.fit_law = (0.0, 1.0, 0.1)  # mean, std and derivative weight of the fit: what a fresh start needs
+        self.domain, self.derivative_weight = Gaussian(), DERIVATIVE_WEIGHT  # of the fit: what a fresh start needs
         self.bypass = False
         self.awaiting = False  # rebuilt on the meta device: its tensors must come from a file
         self._original = [original]  # in a list: not a child, so that it is in no state dict
@@ -111,7 +112,7 @@ class Activation(nn.Module):
     @torch.no_grad()
     def load_fit(self, fit: Fit) -> None:
         """Start afresh from `fit`, which has this activation's family, degree and tails."""
-        self.fit_law = (fit.mean, fit.std, fit.derivative_weight)
+        self.domain, self.derivative_weight = fit.domain, fit.derivative_weight
         ends = torch.tensor([fit.lo, fit.hi], dtype=torch.float64)
         z = (ends - fit.location) / fit.scale
         slopes = torch.stack(self.family.slopes(z, self.degree), dim=-1) / fit.scale

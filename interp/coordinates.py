@@ -10,8 +10,11 @@ from .fit import Fit
 HEAVY = ((0.9, -0.5, 1.1), (0.1, 0.0, 4.0))
 """The law of a step's size, in standard deviations of the fit's law: (weight, mean, std) of each Gaussian."""
 
+SLOPE_WEIGHT = 0.1
+"""Weight of the slopes in the inner product."""
 
-def transform(fit: Fit, derivative_weight: float = 0.1) -> np.ndarray:
+
+def transform(fit: Fit) -> np.ndarray:
     r"""The matrix W of $a = a_0 + W \theta$: the inverse square root of the Gram matrix of the copy's features.
 
     The features are $\partial F / \partial a_k$, tails included, under the inner product of J with a heavy-tailed law,
@@ -26,7 +29,7 @@ def transform(fit: Fit, derivative_weight: float = 0.1) -> np.ndarray:
     law = sum(p / s * np.exp(-(((z - m) / s) ** 2) / 2) for p, m, s in HEAVY)
     if fit.tails == "none":  # nothing bounds a bare polynomial: judge it where the fit does
         law = law * (np.abs(z) <= 4)
-    x, law = fit.mean + fit.std * z, law / law.sum()
+    x, law = fit.domain.mean + fit.domain.std * z, law / law.sum()
 
     def rows(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         u = (at - fit.location) / fit.scale
@@ -36,6 +39,6 @@ def transform(fit: Fit, derivative_weight: float = 0.1) -> np.ndarray:
     core = np.clip(x, fit.lo, fit.hi)
     values, slopes = rows(core)
     values = values + slopes * (x - core)[:, None]
-    gram = (law[:, None] * values).T @ values + derivative_weight * (law[:, None] * slopes).T @ slopes
+    gram = (law[:, None] * values).T @ values + SLOPE_WEIGHT * (law[:, None] * slopes).T @ slopes
     size, axes = np.linalg.eigh(gram)
     return axes @ np.diag(np.maximum(size, size.max() * 1e-10) ** -0.5) @ axes.T

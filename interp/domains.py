@@ -11,11 +11,18 @@ import numpy as np
 from .errors import OrthoactError
 
 
+TAIL_WIDTH = 2.0
+"""Standard deviation of the wide part of a law, in units of its own."""
+
+
 @dataclass(frozen=True)
 class Gaussian:
-    """The normal law N(mean, std^2) of a site's inputs.
+    """The law of a site's inputs: N(mean, std^2), with a share of a twice as wide one.
 
-    >>> x, w = Gaussian().nodes()
+    The wide part stands for the outliers of pretrained models. Measured over five real models, a tenth of it lowers the
+    divergence of a converted model to half of what the pure Gaussian gives (benchmarks/README.md).
+
+    >>> x, w = Gaussian(tail=0.0).nodes()
     >>> round(float(w @ x**2), 6)
     1.0
     """
@@ -23,31 +30,25 @@ class Gaussian:
     mean: float = 0.0
     """Centre of the law, in units of the input."""
     std: float = 1.0
-    """Standard deviation, in units of the input; positive."""
+    """Standard deviation of the narrow part, in units of the input; positive."""
+    tail: float = 0.1
+    """Share of the wide part, from 0 to 1; a fit without tails takes none of it."""
 
     def __post_init__(self):
         if not (isfinite(self.mean) and isfinite(self.std) and self.std > 0):
             raise OrthoactError(f"--mean {self.mean} --std {self.std}: expected finite numbers and a positive std")
-
-    @property
-    def location(self) -> float:
-        """Centre of the family's standardised variable."""
-        return self.mean
-
-    @property
-    def scale(self) -> float:
-        """Unit of the family's standardised variable."""
-        return self.std
+        if not 0 <= self.tail <= 1:
+            raise OrthoactError(f"tail {self.tail}: expected a share between 0 and 1")
 
     def nodes(self) -> tuple[np.ndarray, np.ndarray]:
         """Equidistant points over mean +- 9 std and their weights, which sum to one (the trapezoidal rule, which is
         exact to rounding for a Gaussian weight)."""
-        z, w = _standard_nodes()
-        return self.mean + self.std * z, w
+        z, narrow, wide = _standard_nodes()
+        w = (1 - self.tail) * narrow + self.tail * wide
+        return self.mean + self.std * z, w / w.sum()
 
 
 @lru_cache
-def _standard_nodes() -> tuple[np.ndarray, np.ndarray]:
-    z = np.linspace(-9, 9, 721)
-    w = np.exp(-(z**2) / 2)
-    return z, w / w.sum()
+def _standard_nodes() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    z = np.linspace(-9, 9, 541)
+    return z, np.exp(-(z**2) / 2), np.exp(-((z / TAIL_WIDTH) ** 2) / 2) / TAIL_WIDTH

@@ -21,7 +21,7 @@ def plot_fit(fit: Fit, target: Target, path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     ends = [end for end in (fit.lo, fit.hi) if np.isfinite(end)]
-    reach = 1.4 * max([4.0 * fit.std + abs(fit.mean), *map(abs, ends)])
+    reach = 1.4 * max([4.0 * fit.domain.std + abs(fit.domain.mean), *map(abs, ends)])
     x = np.linspace(-reach, reach, 1001)
     value, slope = fit(x)
     wanted, wanted_slope = target(x)

@@ -1,0 +1,46 @@
+# make demo   from nothing to a converted model beside its original, in one command
+# make test   what CI runs: lint, types, tests, the built wheel
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test test-long lint format fidelity clean
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "build==1.4.*" "gguf==0.*" "psutil==7.*" \
+		"pyright==1.1.414" "pytest==9.*" "pytest-xdist==3.*" "ruff==0.17.6"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/orthoact convert demo --overwrite
+	$(BIN)/orthoact evaluate demo-hermite
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+
+test: lint
+	if [ "$$REAL_MODELS" = 1 ]; then $(BIN)/python tests/real_models.py; fi
+	$(BIN)/python -m pytest
+
+# the tests that take minutes are left out of `make test`
+test-long: $(VENV)/.dev
+	$(BIN)/python -m pytest -m long
+
+fidelity: $(VENV)/.dev
+	$(BIN)/python tests/real_models.py
+	$(BIN)/python benchmarks/fidelity.py
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-hermite

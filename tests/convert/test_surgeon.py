@@ -1,0 +1,180 @@
+"""A conversion keeps the model, changes no weight, and can be taken back."""
+
+import copy
+
+import pytest
+import tiny_models as tiny
+import torch
+from torch import nn
+
+import orthoact
+from orthoact import Activation, OrthoactError
+from orthoact.interp.activation import TENSORS
+
+ALL = [("hf", name) for name in tiny.HF] + [("timm", name) for name in tiny.TIMM]
+
+
+def build(kind, name):
+    return tiny.hf(name) if kind == "hf" else tiny.timm_model(name)
+
+
+@pytest.mark.parametrize(("kind", "name"), ALL)
+def test_convert_and_revert(kind, name):
+    model = build(kind, name)
+    base = {k: v.clone() for k, v in model.state_dict().items()}
+    before = tiny.outputs(model)
+    config = model.config.to_dict() if kind == "hf" else dict(model.pretrained_cfg)
+
+    made = orthoact.convert_(model, degree=16)
+    after = tiny.outputs(model)
+    names = [s.name for s in made.plan.sites]
+    assert all(isinstance(model.get_submodule(n), Activation) for n in names)
+    assert [row["name"] for row in made.sites] == names
+    assert made.plan.parameters == 17 * len(names)
+    scale = before.pow(2).mean().sqrt()
+    assert (after - before).pow(2).mean().sqrt() < 0.01 * scale, "the copy must be faithful"
+    smooth = any(f.value_max > 1e-9 for f in made.plan.fits)
+    assert not smooth or not torch.equal(after, before), "the copy, not the original, must be what runs"
+    state = model.state_dict()
+    added = {f"{n}.{t}" for n in names for t in TENSORS}
+    assert set(state) - set(base) == added
+    assert all(torch.equal(state[k], base[k]) for k in base), "no weight may change"
+    with orthoact.original(model):
+        assert torch.equal(tiny.outputs(model), before)
+
+    orthoact.revert_(model)
+    assert torch.equal(tiny.outputs(model), before)
+    assert set(model.state_dict()) == set(base)
+    assert (model.config.to_dict() if kind == "hf" else dict(model.pretrained_cfg)) == config
+
+
+@pytest.mark.parametrize(("kind", "name"), ALL)
+def test_every_converted_activation_is_the_one_that_runs(kind, name):
+    model = build(kind, name)
+    names = [s.name for s in orthoact.convert_(model).plan.sites]
+    before = tiny.outputs(model)
+    for site in names[:: max(1, len(names) // 6)]:
+        act = model.get_submodule(site)
+        with torch.no_grad():
+            act.theta[0] += 0.5
+        assert not torch.equal(tiny.outputs(model), before), f"{site} does not run"
+        with torch.no_grad():
+            act.theta[0] -= 0.5
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mobilenet", "t5-gated", "bert-masked"])
+def test_gradients_reach_every_site_and_a_step_learns(name):
+    model = tiny.hf(name)
+    names = [s.name for s in orthoact.convert_(model, degree=4).plan.sites]
+    from orthoact.convert.audit import probe_batch
+
+    batch = probe_batch(model)
+    out = model(**batch)["logits"]
+    out.float().pow(2).mean().backward()
+    for site in names:
+        gradient = model.get_submodule(site).theta.grad
+        assert gradient is not None and gradient.isfinite().all() and gradient.abs().max() > 0, site
+
+
+@pytest.mark.parametrize("kind_name", [("hf", "gpt2"), ("hf", "mobilenet"), ("timm", "convnext")])
+def test_groups(kind_name):
+    model = build(*kind_name)
+    before = tiny.outputs(model)
+    made = orthoact.convert_(model, degree=12, groups=4)
+    assert made.plan.parameters == 4 * 13 * len(made.plan.sites)
+    assert (tiny.outputs(model) - before).pow(2).mean() < 1e-4 * before.pow(2).mean()
+    shape = model.get_submodule(made.plan.sites[0].name).theta.shape
+    assert shape == (4, 13)
+
+
+def test_groups_need_a_known_channel_axis():
+    net = nn.Sequential(nn.Linear(4, 4), nn.GELU())
+    with pytest.raises(OrthoactError, match="channel axis of 1 is not known"):
+        orthoact.plan(net, groups=2)
+    with pytest.raises(OrthoactError, match="groups"):
+        orthoact.plan(tiny.hf("gpt2"), groups=0)
+
+
+def test_planning_touches_nothing():
+    model = tiny.hf("gpt2")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    modules = {n: type(m) for n, m in model.named_modules()}
+    made = orthoact.plan(model)
+    assert {n: type(m) for n, m in model.named_modules()} == modules
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not hasattr(model.config, "orthoact")
+    assert made.fits[0] is made.fits[1], "one fit serves sites with one target"
+
+
+def test_tolerance_picks_a_degree_per_target():
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4), nn.ReLU())
+    gelu, relu = orthoact.plan(model, tolerance=1e-2).fits
+    assert gelu.objective**0.5 <= 1e-2 and gelu.degree > relu.degree
+    assert orthoact.fit("gelu", degree=gelu.degree - 2).objective**0.5 > 1e-2
+
+
+def bad_nan(model):
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[0, 0] = float("nan")
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (bad_nan, r"weight transformer\.h\.1\.mlp\.c_fc\.weight holds NaN"),
+        (lambda m: {"family": "splines"}, "unknown family 'splines'.*hermite"),
+        (lambda m: {"degree": 1}, "degree 1.*asymptotes"),
+        (lambda m: {"degree": 99}, "degree 99.*1 to 24"),
+        (lambda m: {"tails": "cubic"}, "tails 'cubic'.*linear, none"),
+        (lambda m: {"derivative_weight": -1.0}, "derivative-weight"),
+        (lambda m: {"tolerance": 0.0}, "tolerance"),
+        (lambda m: {"exclude": ["*"]}, "nothing to convert in GPT2LMHeadModel: found transformer"),
+        (lambda m: orthoact.convert_(m) and {}, "converted already"),
+    ],
+)
+def test_a_failure_leaves_the_model_as_it_was(prepare, message):
+    model = tiny.hf("gpt2")
+    options = prepare(model)
+    before = {n: m for n, m in model.named_modules()}
+    with pytest.raises(OrthoactError, match=message):
+        orthoact.convert_(model, **options)
+    assert {n: m for n, m in model.named_modules()} == before
+
+
+def test_a_model_without_activations():
+    with pytest.raises(OrthoactError, match="nothing to convert in Sequential"):
+        orthoact.convert_(nn.Sequential(nn.Linear(2, 2), nn.Dropout()))
+    with pytest.raises(OrthoactError, match="nothing to revert"):
+        orthoact.revert_(nn.Sequential(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16"])
+def test_coefficients_stay_float32(cast):
+    model = tiny.hf("gpt2")
+    orthoact.convert_(model)
+    getattr(model, cast)()
+    kinds = {name: t.dtype for name, t in model.state_dict().items()}
+    assert {t for name, t in kinds.items() if ".act." in name} == {torch.float32}
+    assert torch.float32 not in {t for name, t in kinds.items() if ".act." not in name}
+    assert tiny.outputs(model).isfinite().all()
+
+
+def test_a_copy_is_independent():
+    model = tiny.hf("gpt2")
+    orthoact.convert_(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.transformer.h[0].mlp.act.theta += 1
+    assert not torch.equal(tiny.outputs(twin), tiny.outputs(model))
+    with orthoact.original(twin):
+        pass
+    assert not model.transformer.h[0].mlp.act.bypass
+
+
+def test_compiled_model_matches():
+    model = tiny.hf("gpt2")
+    orthoact.convert_(model)
+    expected = tiny.outputs(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    assert torch.allclose(tiny.outputs(model, run=compiled), expected, atol=1e-5)
