@@ -23,6 +23,8 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except OrthoactError as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:  # a full disk, a folder that may not be written
+            raise click.ClickException(f"{error.filename or 'writing failed'}: {error.strerror or error}") from error
         except KeyboardInterrupt:
             raise click.ClickException("interrupted: nothing was written") from None
 

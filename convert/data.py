@@ -85,7 +85,7 @@ def _texts(path: Path) -> tuple[list[str], list[int] | None]:
             raise OrthoactError(f"--data {path}: the file is empty")
         return text.splitlines(keepends=True), None
     rows = _dataset(path)
-    columns = [name for name, feature in rows.features.items() if getattr(feature, "dtype", "") == "string"]
+    columns = [name for name, feature in rows.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")]
     if not columns:
         raise OrthoactError(f"--data {path}: expected a column of text, it has {', '.join(rows.column_names)}")
     column = "text" if "text" in columns else columns[0]
@@ -96,13 +96,17 @@ def _texts(path: Path) -> tuple[list[str], list[int] | None]:
 def _tokenizer(source: Source) -> Any:
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(str(source.folder))
-    except Exception as error:
-        raise OrthoactError(
-            f"{source.name}: its folder holds no tokenizer that can be read, and --data is text; leave --data out to use "
-            f"a seeded probe batch"
-        ) from error
+    names = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+    why: Exception | None = None
+    if source.folder is not None and any(path for name in names for path in source.folder.glob(name)):
+        try:
+            return AutoTokenizer.from_pretrained(str(source.folder))
+        except Exception as error:
+            why = error
+    raise OrthoactError(
+        f"{source.name}: its folder holds no tokenizer that can be read, and --data is text; leave --data out to use "
+        f"a seeded probe batch"
+    ) from why
 
 
 def _windows(model: Any, tokenizer: Any, text: str, limit: int | None, size: int) -> list[dict[str, Tensor]]:
