@@ -1,6 +1,7 @@
 """orthoact: convert pretrained models to learnable activations and fine-tune them.
 
-After `import orthoact`, converted checkpoints load with plain `from_pretrained` of transformers and `create_model` of timm.
+After `import orthoact`, converted checkpoints load with plain `from_pretrained` of transformers and `create_model` of
+timm.
 """
 
 from importlib import import_module

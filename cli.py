@@ -101,7 +101,7 @@ def _status(text: str, show: bool):
 
 
 def _silence_libraries() -> None:
-    """transformers' progress bars and load reports would mix with ours."""
+    """Transformers' progress bars and load reports would mix with ours."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -154,7 +154,9 @@ def _refuse_left(left) -> None:
 @main.command()
 @click.argument("model")
 @_options(loading, choosing, strict, as_json, quiet)
-def inspect(model, task, dtype, revision, trust_remote_code, device, include, exclude, include_heads, strict, as_json, quiet):
+def inspect(
+    model, task, dtype, revision, trust_remote_code, device, include, exclude, include_heads, strict, as_json, quiet
+):
     """Name every activation of MODEL: the sites that would be converted, and what would be left and why."""
     from .convert.sources import load_source
     from .convert.surgeon import inspect_model
@@ -200,7 +202,18 @@ def fit(target, family, degree, tolerance, tails, derivative_weight, mean, std, 
     if as_json:
         _print_json(result.to_dict())
     elif not quiet:
-        shown = ("parameters", "value_rms", "slope_rms", "value_max", "slope_max", "lo", "hi", "condition", "holds", "reason")
+        shown = (
+            "parameters",
+            "value_rms",
+            "slope_rms",
+            "value_max",
+            "slope_max",
+            "lo",
+            "hi",
+            "condition",
+            "holds",
+            "reason",
+        )
         fields = result.to_dict()
         _table(f"{result.target} as {result.family} {result.degree}", ["", ""], [[k, fields[k]] for k in shown])
         click.echo(" ".join(f"{c:.9g}" for c in result.coefficients))
@@ -332,7 +345,11 @@ def _fidelity_table(result: dict[str, Any]) -> None:
     for name, label in (names | {"cosine_min": "cosine, least"}).items():
         if name in result:
             rows.append([label, "", f"{result[name]:.2e}" if name == "kl" else f"{result[name]:.7f}"])
-    _table(f"against the original, on {result[unit]} {unit} of {source[result['data']]}", ["", "original", "converted"], rows)
+    _table(
+        f"against the original, on {result[unit]} {unit} of {source[result['data']]}",
+        ["", "original", "converted"],
+        rows,
+    )
 
 
 @main.command()
@@ -394,7 +411,9 @@ def evaluate(
         _fidelity_table(result)
     for flag, name, bound in (("--max-kl", "kl", max_kl), ("--max-change", "change", max_change)):
         if bound is not None and name not in result:
-            raise OrthoactError(f"{flag} {bound}: this model and data give no {name}; leave the bound out or give --data")
+            raise OrthoactError(
+                f"{flag} {bound}: this model and data give no {name}; leave the bound out or give --data"
+            )
         if bound is not None and abs(result[name]) > bound:
             raise OrthoactError(f"{flag} {bound}: the {name} is {result[name]:.4g}")
 
@@ -460,7 +479,17 @@ def env(as_json):
     from .convert.transformers_hooks import TESTED
 
     found = {"orthoact": __version__, "python": platform.python_version(), "platform": platform.platform()}
-    names = ("torch", "transformers", "timm", "accelerate", "peft", "datasets", "safetensors", "huggingface_hub", "scipy")
+    names = (
+        "torch",
+        "transformers",
+        "timm",
+        "accelerate",
+        "peft",
+        "datasets",
+        "safetensors",
+        "huggingface_hub",
+        "scipy",
+    )
     for name in names:
         try:
             found[name] = version(name)

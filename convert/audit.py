@@ -118,7 +118,8 @@ def audit(model: nn.Module, sites: list[Site]) -> Audit:
             with torch.no_grad(), Watch():
                 model(**batch)
         except Exception as error:  # any architecture, any failure: the audit then says what it could not see
-            reason = f"the forward pass on made-up inputs failed ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+            why = (str(error).splitlines() or [""])[0][:120]
+            reason = f"the forward pass on made-up inputs failed ({type(error).__name__}: {why})"
             return Audit(left=[Left("", "?", 0, reason)])
     for (where, function), count in sorted(calls.items()):
         reason = "a gate, pooler or soft cap, not a hidden activation" if function in GATE_CALLS else FUNCTIONAL

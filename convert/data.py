@@ -42,13 +42,15 @@ def predicts_next(model: Any) -> bool:
     return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) and not model.config.is_encoder_decoder
 
 
-def batches(source: Source, data: str | Path | None, *, limit: int | None = None, size: int = 8, seed: int = 0) -> Batches:
+def batches(
+    source: Source, data: str | Path | None, *, limit: int | None = None, size: int = 8, seed: int = 0
+) -> Batches:
     """Inputs for the model of `source`.
 
     `data` is a text file (.txt), a folder of images, or anything that `datasets` reads from disk (a saved data set, a
     folder, .csv, .json, .jsonl, .parquet); None means the demo's held-out text for the demo model and a seeded probe
     batch for every other. `limit` bounds the tokens (causal models), texts or images. Raises `OrthoactError` for data
-    that is missing, empty, or of the wrong kind, and for a model folder without the tokenizer or processor that it needs.
+    that is missing, empty, or of the wrong kind, and for a folder without the tokenizer or processor that it needs.
     """
     model = source.model
     if limit is not None and limit < 1:
@@ -78,14 +80,16 @@ def batches(source: Source, data: str | Path | None, *, limit: int | None = None
 
 
 def _texts(path: Path) -> tuple[list[str], list[int] | None]:
-    """The texts of a file or data set, whole lines with their ends for a text file, and their labels if there are any."""
+    """The texts of a file (its lines, with their ends) or of a data set, and their labels if there are any."""
     if path.is_file() and path.suffix in (".txt", ".md", ".text"):
         text = path.read_text(encoding="utf-8", errors="replace")
         if not text.strip():
             raise OrthoactError(f"--data {path}: the file is empty")
         return text.splitlines(keepends=True), None
     rows = _dataset(path)
-    columns = [name for name, feature in rows.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")]
+    columns = [
+        name for name, feature in rows.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")
+    ]
     if not columns:
         raise OrthoactError(f"--data {path}: expected a column of text, it has {', '.join(rows.column_names)}")
     column = "text" if "text" in columns else columns[0]
@@ -146,7 +150,7 @@ def _sentences(model, tokenizer, texts, labels, limit, size, seed) -> list[dict[
             special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
             chosen = (torch.rand(ids.shape, generator=generator) < 0.15) & ~special
             batch["labels"] = torch.where(chosen, ids, -100)
-            batch["input_ids"] = torch.where(chosen, tokenizer.mask_token_id, ids)
+            batch["input_ids"] = ids.masked_fill(chosen, tokenizer.mask_token_id)
         elif classes and all(isinstance(y, int) and 0 <= y < classes for _, y in part):
             batch["labels"] = torch.tensor([y for _, y in part])
         if getattr(model.config, "is_encoder_decoder", False):
@@ -166,7 +170,9 @@ def _images(source: Source, path: Path, limit: int | None, size: int) -> list[di
     rows = rows.select(range(min(limit or len(rows), len(rows))))
     transform, name = _transform(source), _input_name(source)
     classes = getattr(rows.features.get("label"), "num_classes", None)
-    known = getattr(source.model, "num_classes", None) or getattr(getattr(source.model, "config", None), "num_labels", None)
+    known = getattr(source.model, "num_classes", None) or getattr(
+        getattr(source.model, "config", None), "num_labels", None
+    )
     out = []
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
@@ -185,7 +191,8 @@ def _transform(source: Source) -> Any:
     """From a PIL image to the model's input, as the model's own library prepares it for evaluation."""
     model: Any = source.model
     if source.kind == "timm":
-        from timm.data import create_transform, resolve_model_data_config
+        from timm.data.config import resolve_model_data_config
+        from timm.data.transforms_factory import create_transform
 
         return create_transform(**resolve_model_data_config(model), is_training=False)
     from transformers import AutoImageProcessor
@@ -194,7 +201,7 @@ def _transform(source: Source) -> Any:
         processor = AutoImageProcessor.from_pretrained(str(source.folder))
     except Exception as error:
         raise OrthoactError(
-            f"{source.name}: its folder holds no image processor that can be read; leave --data out to use a probe batch"
+            f"{source.name}: its folder holds no image processor that can be read; leave --data out for a probe batch"
         ) from error
     return lambda image: processor(image, return_tensors="pt")["pixel_values"][0]
 

@@ -54,7 +54,9 @@ def evaluate(
     """
     model: Any = source.model
     if against is None and not source.converted:
-        raise OrthoactError(f"{source.name} is not converted: convert it first, or name what to compare with by --against")
+        raise OrthoactError(
+            f"{source.name} is not converted: convert it first, or name what to compare with by --against"
+        )
     inputs = batches(source, data, limit=limit, size=batch_size, seed=seed)
     reference: Any = model if against is None else against.model
     toggle: Callable[[], AbstractContextManager] = (lambda: original(model)) if against is None else nullcontext

@@ -1,9 +1,9 @@
 """The record of a conversion: what a checkpoint says about its activations, and how a model is rebuilt from it.
 
-A transformers checkpoint carries it as `config.orthoact`, a timm checkpoint in `model_args`. On disk every activation key
-of the config is the sentinel `"orthoact"`, so that nothing can load the folder without this package and run silently with
-the old activations; in memory the keys keep their values, so that a model builds the modules it always built, and the
-record then replaces them.
+A transformers checkpoint carries it as `config.orthoact`, a timm checkpoint in `model_args`. On disk every activation
+key of the config is the sentinel `"orthoact"`, so that nothing can load the folder without this package and run
+silently with the old activations; in memory the keys keep their values, so that a model builds the modules it always
+built, and the record then replaces them.
 """
 
 from __future__ import annotations
@@ -130,7 +130,9 @@ def unseal(config: dict[str, Any]) -> dict[str, Any]:
 def check(spec: Any) -> None:
     """Refuse a record that is not one, or that a later version wrote."""
     if not isinstance(spec, Mapping) or not isinstance(spec.get("sites"), Mapping) or not spec["sites"]:
-        raise OrthoactError("the config's orthoact entry is no record of a conversion: expected sites; convert the model again")
+        raise OrthoactError(
+            "the config's orthoact entry is no record of a conversion: expected sites; convert the model again"
+        )
     if not isinstance(spec.get("format"), int) or spec["format"] > FORMAT:
         raise OrthoactError(
             f"the checkpoint has record format {spec.get('format')}, this orthoact {__version__} reads up to {FORMAT}: "
@@ -156,7 +158,7 @@ def _fails_without(model: Any, config: Any, spec: dict[str, Any]) -> bool:
         try:
             with absent(), torch.device("meta"):
                 cls(type(config).from_dict({**sealed}))
-        except Exception as error:  # noqa: S112 - any failure that names us is the wanted one
+        except Exception as error:
             if SENTINEL not in str(error):
                 return False
         else:
@@ -171,8 +173,8 @@ def install(model: nn.Module, spec: Mapping[str, Any], *, complete: bool) -> lis
     """Replace the activations of a freshly built model as its record says; returns the names of the sites.
 
     On the meta device the new activations are empty and wait for their tensors; else they start as their fits. A model
-    of another class (the trunk of a causal model, another head on a trunk) has the names with the trunk's prefix removed
-    or added, and may lack some. With `complete`, a site that is not there is an error.
+    of another class (the trunk of a causal model, another head on a trunk) has the names with the trunk's prefix
+    removed or added, and may lack some. With `complete`, a site that is not there is an error.
     """
     check(spec)
     installed = []

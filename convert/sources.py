@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +104,9 @@ def load_source(
         elif "model_type" in config or config.get("auto_map"):
             source = _transformers(name, recorded, folder, local, config, task, dtype, revision, trust_remote_code)
         else:
-            raise OrthoactError(f"{name}: its config.json has neither model_type (transformers) nor architecture (timm)")
+            raise OrthoactError(
+                f"{name}: its config.json has neither model_type (transformers) nor architecture (timm)"
+            )
     if dtype is not None:
         source.model.to(DTYPES[dtype])
     source.model.to(device).eval()
@@ -122,7 +123,7 @@ def load(folder: str | Path, **options) -> nn.Module:
 
 def demo_folder() -> Path:
     """The folder of the demo model."""
-    return Path(str(files(__package__) / DEMO))
+    return Path(__file__).parent / DEMO
 
 
 def _folder(name: str, revision: str | None) -> tuple[Path, bool]:
@@ -218,7 +219,9 @@ def _transformers(name, recorded, folder, local, config, task, dtype, revision, 
         )
     absent = sorted(info["missing_keys"])
     if absent:
-        log.warning("%s: %d weights are not in the checkpoint and were initialised: %s ...", name, len(absent), absent[0])
+        log.warning(
+            "%s: %d weights are not in the checkpoint and were initialised: %s ...", name, len(absent), absent[0]
+        )
     return Source(model, recorded, "transformers", folder, revision)
 
 
@@ -228,4 +231,3 @@ def carried_files(source: Source) -> list[Path]:
         return []
     found = {path for pattern in CARRIED for path in source.folder.glob(pattern) if path.is_file()}
     return sorted(path for path in found if path.suffix not in (".bin", ".pt", ".pth", ".pkl"))
-

@@ -107,13 +107,19 @@ def plan(
     start = perf_counter()
     check_options(family, degree, tails, derivative_weight)
     if any(isinstance(m, Activation) for m in model.modules()):
-        raise OrthoactError("the model is converted already: revert it first (orthoact revert), or --overwrite to refit")
+        raise OrthoactError(
+            "the model is converted already: revert it first (orthoact revert), or --overwrite to refit"
+        )
     for name, parameter in model.named_parameters():
         if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
-            raise OrthoactError(f"the weight {name} holds NaN or infinite values: repair the checkpoint before converting")
+            raise OrthoactError(
+                f"the weight {name} holds NaN or infinite values: repair the checkpoint before converting"
+            )
     sites, left = inspect_model(model, include=include, exclude=exclude, include_heads=include_heads)
     if not sites:
-        found = "; ".join(f"{item.where or 'model'}: {item.function} ({item.reason})" for item in left) or "no activation"
+        found = (
+            "; ".join(f"{item.where or 'model'}: {item.function} ({item.reason})" for item in left) or "no activation"
+        )
         raise OrthoactError(f"nothing to convert in {type(model).__name__}: found {found}")
     options: dict[str, Any] = {
         "family": family,

@@ -1,6 +1,6 @@
 """What timm is taught: a model called `orthoact`, which is a base model with its record applied.
 
-A folder or Hub repository then names the architecture `orthoact`, and timm without this package answers "Unknown model".
+A folder or Hub repository then names the architecture `orthoact`; timm without this package answers "Unknown model".
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def orthoact(
     pretrained_model_args: dict[str, Any] | None = None,
     **kwargs: Any,
 ):
-    """timm's entrypoint for converted models: `base` is the architecture, `orthoact` the record of its activations.
+    """Timm's entrypoint for converted models: `base` is the architecture, `orthoact` the record of its activations.
 
     Called by `timm.create_model("local-dir:FOLDER", pretrained=True)` and its like, never by hand.
     """
@@ -37,7 +37,9 @@ def orthoact(
     from ..interp.errors import OrthoactError
 
     if not base or not orthoact:
-        raise OrthoactError("timm model 'orthoact': expected the base and record of a converted checkpoint; give its folder")
+        raise OrthoactError(
+            "timm model 'orthoact': expected the base and record of a converted checkpoint; give its folder"
+        )
     cfg = pretrained_cfg if isinstance(pretrained_cfg, dict) or pretrained_cfg is None else pretrained_cfg.to_dict()
     cfg = None if cfg is None else {**cfg, "architecture": base}
     cache = kwargs.get("cache_dir")

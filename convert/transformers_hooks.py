@@ -1,7 +1,7 @@
 """What transformers is taught, so that plain `from_pretrained`, `save_pretrained` and `from_config` know the record.
 
-A few methods of two classes are wrapped. They were read and are tested on the range of versions below; outside it a clear
-message says so at import.
+A few methods of two classes are wrapped. They were read and are tested on the range of versions below; outside it a
+clear message says so at import.
 """
 
 from __future__ import annotations
@@ -54,12 +54,13 @@ def check_version() -> None:
     first, last = (tuple(int(part) for part in bound.split(".")) for bound in TESTED)
     if version[0] != first[0]:
         raise OrthoactError(
-            f"transformers {transformers.__version__} is installed, orthoact needs 5.x (tested {TESTED[0]} to {TESTED[1]}): "
-            f"pip install 'transformers>={TESTED[0]},<6'"
+            f"transformers {transformers.__version__} is installed, orthoact needs 5.x "
+            f"(tested {TESTED[0]} to {TESTED[1]}): pip install 'transformers>={TESTED[0]},<6'"
         )
     if not first <= version <= last:
         warnings.warn(
-            f"orthoact was tested with transformers {TESTED[0]} to {TESTED[1]}, {transformers.__version__} is installed",
+            f"orthoact was tested with transformers {TESTED[0]} to {TESTED[1]}, "
+            f"{transformers.__version__} is installed",
             stacklevel=2,
         )
 
@@ -164,7 +165,8 @@ def check_loaded(model: Any) -> None:
     name, recorded = type(model).__name__, len(spec["sites"])
     if not held:
         raise OrthoactError(
-            f"none of the {recorded} recorded activations is in {name}: load the folder as {', '.join(model.config.architectures)}"
+            f"none of the {recorded} recorded activations is in {name}: "
+            f"load the folder as {', '.join(model.config.architectures)}"
         )
     if held < recorded:
         logging.getLogger("orthoact").warning("%s holds %d of the %d recorded activations", name, held, recorded)

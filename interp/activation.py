@@ -2,9 +2,9 @@ r"""The learnable activation: a core series between two joints, continued by str
 
 $$F(x) = S(x_c) + s_{lo} \min(x - lo, 0) + s_{hi} \max(x - hi, 0), \quad x_c = \mathrm{clip}(x, lo, hi)$$
 
-with $s_{lo} = S'(lo) + jump_{lo}$ and likewise at hi. The jumps are zero unless a joint sits on a kink of the target, so
-that F is continuously differentiable. Pretrained transformers have outliers of +-20 at these inputs; the tails keep them
-where the target has them.
+with $s_{lo} = S'(lo) + jump_{lo}$ and likewise at hi. The jumps are zero unless a joint sits on a kink of the target,
+so that F is continuously differentiable. Pretrained transformers have outliers of +-20 at these inputs; the tails keep
+them where the target has them.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Activation(nn.Module):
 
     `theta` (float32, shape (n+1,) or (groups, n+1)) is the parameter, zero at the start; `start` ($a_0$), `transform`
     ($W$, see `coordinates`), `end_slopes` (basis slopes at the joints), `location`, `scale`, `lo`, `hi` and `jumps` are
-    float32 buffers. They stay float32 under `.half()`, `.bfloat16()` and `.to(dtype)`; the series is evaluated in float32
-    or better and the result has the input's dtype. With `groups=G` each of G groups of channels, counted along the axis
-    `channel`, has coefficients of its own.
+    float32 buffers. They stay float32 under `.half()`, `.bfloat16()` and `.to(dtype)`; the series is evaluated in
+    float32 or better and the result has the input's dtype. With `groups=G` each of G groups of channels, counted along
+    the axis `channel`, has coefficients of its own.
 
     >>> from .fit import fit
     >>> act = Activation.from_fit(fit("gelu"))
@@ -78,14 +78,13 @@ class Activation(nn.Module):
         self.awaiting = False  # rebuilt on the meta device: its tensors must come from a file
         self._original = [original]  # in a list: not a child, so that it is in no state dict
         n = self.family.size(degree)
-        kind = {"dtype": torch.float32}
-        self.theta = nn.Parameter(torch.zeros(n if groups is None else (groups, n), **kind))
-        self.register_buffer("start", torch.zeros(n, **kind))
-        self.register_buffer("transform", torch.eye(n, **kind))
-        self.register_buffer("end_slopes", torch.zeros(2, n, **kind))
+        self.theta = nn.Parameter(torch.zeros(n if groups is None else (groups, n), dtype=torch.float32))
+        self.register_buffer("start", torch.zeros(n, dtype=torch.float32))
+        self.register_buffer("transform", torch.eye(n, dtype=torch.float32))
+        self.register_buffer("end_slopes", torch.zeros(2, n, dtype=torch.float32))
         for name, value in (("location", 0.0), ("scale", 1.0), ("lo", -1.0), ("hi", 1.0)):
-            self.register_buffer(name, torch.tensor(value, **kind))
-        self.register_buffer("jumps", torch.zeros(2, **kind))
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float32))
+        self.register_buffer("jumps", torch.zeros(2, dtype=torch.float32))
 
     @classmethod
     def from_fit(
@@ -157,7 +156,9 @@ class Activation(nn.Module):
         """Coefficients (groups, n+1) spread over the channels of x: (channels, 1, ..., n+1)."""
         width, groups = x.shape[self.channel], a.shape[0]
         if width % groups:
-            raise OrthoactError(f"groups {groups}: expected a divisor of the {width} channels of an input {tuple(x.shape)}")
+            raise OrthoactError(
+                f"groups {groups}: expected a divisor of the {width} channels of an input {tuple(x.shape)}"
+            )
         trailing = x.dim() - 1 - self.channel % x.dim()
         return a.repeat_interleave(width // groups, dim=0).reshape(width, *[1] * trailing, a.shape[-1])
 

@@ -26,7 +26,7 @@ def transform(fit: Fit) -> np.ndarray:
     """
     family = get_family(fit.family)
     z = np.linspace(-16, 16, 2049)
-    law = sum(p / s * np.exp(-(((z - m) / s) ** 2) / 2) for p, m, s in HEAVY)
+    law = np.sum([p / s * np.exp(-(((z - m) / s) ** 2) / 2) for p, m, s in HEAVY], axis=0)
     if fit.tails == "none":  # nothing bounds a bare polynomial: judge it where the fit does
         law = law * (np.abs(z) <= 4)
     x, law = fit.domain.mean + fit.domain.std * z, law / law.sum()

@@ -10,7 +10,6 @@ import numpy as np
 
 from .errors import OrthoactError
 
-
 TAIL_WIDTH = 2.0
 """Standard deviation of the wide part of a law, in units of its own."""
 
@@ -42,7 +41,8 @@ class Gaussian:
 
     def nodes(self) -> tuple[np.ndarray, np.ndarray]:
         """Equidistant points over mean +- 9 std and their weights, which sum to one (the trapezoidal rule, which is
-        exact to rounding for a Gaussian weight)."""
+        exact to rounding for a Gaussian weight).
+        """
         z, narrow, wide = _standard_nodes()
         w = (1 - self.tail) * narrow + self.tail * wide
         return self.mean + self.std * z, w / w.sum()

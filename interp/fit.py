@@ -200,15 +200,13 @@ class _Problem:
     def choose_sides(self) -> tuple[tuple[_Side, _Side], str]:
         """Joints sit on the outermost kinks beyond which the target is a straight line: there the copy starts exact."""
         left, right = _Side(self.target.left), _Side(self.target.right)
-        kinks = self.target.kinks
-        if not kinks:
+        if not self.target.kinks:
             return (left, right), "joints minimise J; the core meets the asymptotes there"
-        on_left = self.target.left if self.is_line(self.target.left, -inf, kinks[0]) else None
-        on_right = self.target.right if self.is_line(self.target.right, kinks[-1], inf) else None
-        if on_left:
-            left = _Side(on_left, kinks[0])
-        if on_right and (len(kinks) > 1 or not on_left):
-            right = _Side(on_right, kinks[-1])
+        first, last = min(self.target.kinks), max(self.target.kinks)
+        if self.is_line(left.line, -inf, first):
+            left = _Side(left.line, first)
+        if self.is_line(right.line, last, inf) and (left.kink is None or last > first):
+            right = _Side(right.line, last)
         placed = [side.kink for side in (left, right) if side.kink is not None]
         if not placed:
             return (left, right), "joints minimise J; the kink stays inside the core"
@@ -243,22 +241,24 @@ class _Problem:
             hi = np.full_like(radius, fixed[1]) if fixed[1] is not None else np.minimum(centre + radius, most)
             return lo, hi
 
-        radii = np.geomspace(0.4, 8, 24) * spread
+        radii, radius, value, exact = np.geomspace(0.4, 8, 24) * spread, spread, inf, False
         for _ in range(3):
             values = objective(*joints(radii))
-            if not np.isfinite(values).any():
+            value = float(values.min())
+            if not isfinite(value):
                 raise OrthoactError(
                     f"--degree {self.degree}: a {self.family.name} core of this degree cannot meet the asymptotes of "
                     f"{self.target.name} at both joints; raise the degree or use --tails none"
                 )
             # where the copy is exact to rounding any joint will do: then three standard deviations
-            good = values <= values.min() + 1e-14 * (1 + self.w @ self.f**2)
+            good = values <= value + 1e-14 * (1 + self.w @ self.f**2)
+            exact = bool(good.all())
             best = np.flatnonzero(good)[np.abs(radii[good] - 3 * self.domain.std).argmin()]
             radius = radii[best]
             radii = np.linspace(radii[max(best - 1, 0)], radii[min(best + 1, len(radii) - 1)], 12)
         lo, hi = (float(side[0]) for side in joints(np.array([radius])))
-        if not symmetric and not good.all():
-            lo, hi = self.pattern_search(objective, lo, hi, fixed, float(values.min()))
+        if not symmetric and not exact:
+            lo, hi = self.pattern_search(objective, lo, hi, fixed, value)
         return lo, hi
 
     def pattern_search(self, objective, lo, hi, fixed, value) -> tuple[float, float]:
@@ -307,7 +307,9 @@ class _Problem:
         """Solve for the coefficients at given joints and measure the result."""
         lo, hi = float(np.float32(lo)), float(np.float32(hi))  # the module keeps them so
         if self.tails == "linear":  # the core spans |z| <= 3, where the basis is well conditioned
-            self.location, self.scale = (float(np.float32(v)) for v in ((lo + hi) / 2, (hi - lo) / 2 / self.family.reach(self.degree)))
+            self.location, self.scale = (
+                float(np.float32(v)) for v in ((lo + hi) / 2, (hi - lo) / 2 / self.family.reach(self.degree))
+            )
         core = (self.x >= lo) & (self.x <= hi)
         root = np.sqrt(self.w[core])[:, None]
         basis, slopes = self.rows(self.x[core])
@@ -328,9 +330,10 @@ class _Problem:
         for i, (joint, side) in enumerate(zip((lo, hi), sides, strict=True)):
             if side.kink is not None and side.line is not None:
                 jumps[i] = float(side.line[0] - self.rows(np.array([joint]))[1][0] @ coefficients)
-        holds = tuple(
-            end if side.line is None else far
-            for end, side, far in zip((lo, hi), sides, self.target.holds, strict=True)
+        left, right = sides
+        holds = (
+            lo if left.line is None else self.target.holds[0],
+            hi if right.line is None else self.target.holds[1],
         )
         result = Fit(
             target=self.target.name,
@@ -396,7 +399,9 @@ class _Objective:
         slope, d = root * slope, root * p.d
         self.m = m = value.shape[1]
         density = np.empty((len(p.x), m * m + m + 3))
-        density[:, : m * m] = (value[:, :, None] * value[:, None] + slope[:, :, None] * slope[:, None]).reshape(-1, m * m)
+        density[:, : m * m] = (value[:, :, None] * value[:, None] + slope[:, :, None] * slope[:, None]).reshape(
+            -1, m * m
+        )
         density[:, m * m : -3] = value * p.f[:, None] + slope * d[:, None]
         density[:, -3] = p.f**2 + d**2
         for column, side in zip((-2, -1), sides, strict=True):
@@ -434,7 +439,9 @@ class _Objective:
 
     def at(self, joint: np.ndarray) -> np.ndarray:
         """The running sums up to a joint, which lies between two nodes."""
-        position = np.clip((joint - self.problem.x[0]) / (self.problem.x[1] - self.problem.x[0]) + 0.5, 0, len(self.sums) - 1)
+        position = np.clip(
+            (joint - self.problem.x[0]) / (self.problem.x[1] - self.problem.x[0]) + 0.5, 0, len(self.sums) - 1
+        )
         index = np.minimum(position.astype(int), len(self.sums) - 2)
         part = (position - index)[:, None]
         return self.sums[index] * (1 - part) + self.sums[index + 1] * part

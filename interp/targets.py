@@ -78,7 +78,9 @@ def _leaky_relu(name: str, slope: float = 0.01) -> Target:
 
 
 def _elu(name: str, alpha: float = 1.0) -> Target:
-    return Target(name, lambda x: torch.where(x > 0, x, alpha * torch.expm1(x.clamp(max=0))), (0.0, -alpha), kinks=(0.0,))
+    return Target(
+        name, lambda x: torch.where(x > 0, x, alpha * torch.expm1(x.clamp(max=0))), (0.0, -alpha), kinks=(0.0,)
+    )
 
 
 def _celu(name: str, alpha: float = 1.0) -> Target:
@@ -127,7 +129,9 @@ def _softplus_target(name: str, beta: float = 1.0) -> Target:
 TARGETS: dict[str, Callable[..., Target]] = {
     "gelu": _gelu,
     "gelu_tanh": lambda name: Target(name, _gelu_tanh),
-    "gelu_10": lambda name: Target(name, lambda x: (x * torch.special.ndtr(x)).clamp(-10, 10), holds=(float("-inf"), 10)),
+    "gelu_10": lambda name: Target(
+        name, lambda x: (x * torch.special.ndtr(x)).clamp(-10, 10), holds=(float("-inf"), 10)
+    ),
     "quick_gelu": lambda name: Target(name, lambda x: x * torch.sigmoid(1.702 * x)),
     "silu": lambda name: Target(name, lambda x: x * torch.sigmoid(x)),
     "mish": lambda name: Target(name, lambda x: x * torch.tanh(torch.logaddexp(x, torch.zeros_like(x)))),
@@ -195,7 +199,9 @@ def get_target(target: str | Target | Callable[[Tensor], Tensor]) -> Target:
     if match is None or base not in TARGETS:
         raise OrthoactError(f"unknown target {target!r}: choose one of {', '.join([*TARGETS, *ALIASES])}")
     try:
-        return TARGETS[base](target.strip() if match[2] else base, *(float(p) for p in (match[2] or "").split(",") if p))
+        return TARGETS[base](
+            target.strip() if match[2] else base, *(float(p) for p in (match[2] or "").split(",") if p)
+        )
     except (TypeError, ValueError) as error:
         raise OrthoactError(f"target {target!r}: expected numbers as its parameters, as in leaky_relu(0.2)") from error
 
@@ -211,7 +217,9 @@ def _from_callable(function: Callable[[Tensor], Tensor]) -> Target:
     except Exception as error:  # whatever a stranger's function raises
         raise OrthoactError(f"target {name!r} could not be evaluated on a float64 vector: {error}") from error
     if values.shape != grid.shape or not np.allclose(again[::-1], values, rtol=1e-9, atol=1e-9):
-        raise OrthoactError(f"target {name!r} is not elementwise: expected one output for each input, the same each time")
+        raise OrthoactError(
+            f"target {name!r} is not elementwise: expected one output for each input, the same each time"
+        )
     if not (np.isfinite(values).all() and np.isfinite(slopes).all()):
         raise OrthoactError(f"target {name!r} is not finite on [-1000, 1000]: give a function that is")
     return Target(name, function, _line(grid[:3][::-1], values[:3][::-1]), _line(grid[-3:], values[-3:]))

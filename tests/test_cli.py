@@ -91,7 +91,9 @@ def test_fit():
 def test_fit_plot(ending, tmp_path):
     call("fit", "silu", "--plot", f"curve.{ending}", "--quiet")
     start = (tmp_path / f"curve.{ending}").read_bytes()[:300]
-    assert {"png": b"PNG", "svg": b"<svg", "pdf": b"%PDF"}[ending] in start + (tmp_path / f"curve.{ending}").read_bytes()
+    assert {"png": b"PNG", "svg": b"<svg", "pdf": b"%PDF"}[ending] in start + (
+        tmp_path / f"curve.{ending}"
+    ).read_bytes()
 
 
 def test_families_and_env():
@@ -119,7 +121,8 @@ def test_revert_gives_the_base_back(converted, tmp_path):
     assert base.keys() == back.keys() and all(torch.equal(base[k], back[k]) for k in base)
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config["activation_function"] == "gelu_new" and "orthoact" not in config
-    code = "import transformers as t, sys; t.AutoModelForCausalLM.from_pretrained('back'); assert 'orthoact' not in sys.modules"
+    code = "import transformers as t, sys; t.AutoModelForCausalLM.from_pretrained('back'); "
+    code += "assert 'orthoact' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=tmp_path)
 
 
@@ -199,7 +202,12 @@ def no_activation(folder):
     import transformers as tf
 
     tiny_config = tf.LlamaConfig(
-        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, hidden_act="linear"
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        hidden_act="linear",
     )
     tf.LlamaForCausalLM(tiny_config).save_pretrained(folder)
 

@@ -39,7 +39,9 @@ def test_imports_go_one_way(layer):
     for path in sources(layer):
         for level, module in imports(path):
             first = module.split(".")[0]
-            assert level or first not in {*LAYERS, "orthoact"}, f"{path}: absolute import of {module} inside the package"
+            assert level or first not in {*LAYERS, "orthoact"}, (
+                f"{path}: absolute import of {module} inside the package"
+            )
             reaches_root = level == (1 if layer == "cli" else 2)
             assert not (reaches_root and first in later), f"{path}: {layer} must not import {module}"
             assert level or first not in HEAVY.get(layer, set()), f"{path}: {layer} must not import {module}"
@@ -81,7 +83,7 @@ print(sum(type(m).__name__ == "Activation" for n in (model, net) for m in n.modu
     "imports_",
     [
         "import orthoact\nimport transformers, timm",
-        "import transformers, timm\nimport timm.models\nfrom transformers import AutoModelForCausalLM, PreTrainedModel\nimport orthoact",
+        "import timm, timm.models\nfrom transformers import AutoModelForCausalLM, PreTrainedModel\nimport orthoact",
         "import transformers\nimport orthoact\nimport orthoact",
     ],
     ids=["orthoact-first", "orthoact-last", "lazy-transformers-first"],
@@ -107,9 +109,15 @@ def test_an_untested_version_is_told():
     from orthoact.convert.transformers_hooks import check_version
 
     check_version()
-    with mock.patch.object(transformers, "__version__", "5.99.0"), pytest.warns(UserWarning, match=r"5\.99\.0 is installed"):
+    with (
+        mock.patch.object(transformers, "__version__", "5.99.0"),
+        pytest.warns(UserWarning, match=r"5\.99\.0 is installed"),
+    ):
         check_version()
-    with mock.patch.object(transformers, "__version__", "4.57.1"), pytest.raises(orthoact.OrthoactError, match="needs 5"):
+    with (
+        mock.patch.object(transformers, "__version__", "4.57.1"),
+        pytest.raises(orthoact.OrthoactError, match="needs 5"),
+    ):
         check_version()
 
 
@@ -146,7 +154,13 @@ def test_the_source_archive_holds_the_tests(built):
     (archive,) = built.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {n.split("/", 1)[1] for n in tar.getnames() if "/" in n}
-    assert {"tests/test_layout.py", "tests/convert/test_reload.py", "LICENSE", "Makefile", "benchmarks/fidelity.py"} <= names
+    assert {
+        "tests/test_layout.py",
+        "tests/convert/test_reload.py",
+        "LICENSE",
+        "Makefile",
+        "benchmarks/fidelity.py",
+    } <= names
     assert not any("__pycache__" in n or n.startswith(".venv") for n in names)
 
 

@@ -59,7 +59,11 @@ HF: dict[str, tuple[Callable[[], Any], int, str]] = {
     "t5-relu": (lambda: _t5("relu"), 4, "relu"),
     "bert-masked": (lambda: tf.BertForMaskedLM(tf.BertConfig(**BERT)), 2, "gelu"),
     "bert-classifier": (lambda: tf.BertForSequenceClassification(tf.BertConfig(**BERT)), 2, "gelu"),
-    "bloom": (lambda: tf.BloomForCausalLM(tf.BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=2)), 2, "gelu_tanh"),
+    "bloom": (
+        lambda: tf.BloomForCausalLM(tf.BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=2)),
+        2,
+        "gelu_tanh",
+    ),
     "gemma": (
         lambda: tf.GemmaForCausalLM(
             tf.GemmaConfig(
@@ -92,13 +96,17 @@ HF: dict[str, tuple[Callable[[], Any], int, str]] = {
     ),
     "convnext": (
         lambda: tf.ConvNextForImageClassification(
-            tf.ConvNextConfig(**IMAGE, hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, num_labels=4, layer_scale_init_value=1.0)
+            tf.ConvNextConfig(
+                **IMAGE, hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, num_labels=4, layer_scale_init_value=1.0
+            )
         ),
         2,
         "gelu",
     ),
     "mobilenet": (
-        lambda: tf.MobileNetV2ForImageClassification(tf.MobileNetV2Config(**IMAGE, depth_multiplier=0.35, num_labels=4)),
+        lambda: tf.MobileNetV2ForImageClassification(
+            tf.MobileNetV2Config(**IMAGE, depth_multiplier=0.35, num_labels=4)
+        ),
         35,
         "relu6",
     ),
@@ -118,7 +126,12 @@ TIMM: dict[str, tuple[str, dict[str, Any], int, str]] = {
         2,
         "gelu",
     ),
-    "convnext": ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 16), "num_classes": 4, "ls_init_value": 1.0}, 4, "gelu"),
+    "convnext": (
+        "convnext_atto",
+        {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 16), "num_classes": 4, "ls_init_value": 1.0},
+        4,
+        "gelu",
+    ),
     "mobilenet": ("mobilenetv3_small_050", {"num_classes": 4}, 33, "hardswish"),
 }
 """Name -> (architecture, arguments, number of sites by default, target of most)."""

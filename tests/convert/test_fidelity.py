@@ -138,12 +138,16 @@ def test_masked_and_classifying_models(tmp_path):
         from transformers import BertTokenizerFast
 
         BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
-        datasets.Dataset.from_dict({"text": ["a b c d e f g", "h i j"] * 4, "label": [0, 1] * 4}).save_to_disk(str(folder / "d"))
+        datasets.Dataset.from_dict({"text": ["a b c d e f g", "h i j"] * 4, "label": [0, 1] * 4}).save_to_disk(
+            str(folder / "d")
+        )
         source = load_source(str(folder))
         orthoact.convert_(source.model, degree=12)
         result = evaluate(source, data=folder / "d", batch_size=3)
         assert result["texts"] == 8 and result["kl"] < 1e-2
-        assert ("perplexity" in result) == (name == "bert-masked") and result["loss"] == pytest.approx(result["loss_base"], rel=0.02)
+        assert ("perplexity" in result) == (name == "bert-masked") and result["loss"] == pytest.approx(
+            result["loss_base"], rel=0.02
+        )
         assert evaluate(source, data=folder / "d", batch_size=3) == result
 
 

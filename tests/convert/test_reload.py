@@ -72,7 +72,9 @@ def test_bfloat16_is_bit_equal_to_the_cast_model(saved, name):
     assert torch.bfloat16 in set(kinds.values())
     cast = copy.deepcopy(model)  # what a file holds is cast, computed buffers (rotary frequencies) are not
     for module in cast.modules():
-        held = [t for name, t in module._buffers.items() if t is not None and name not in module._non_persistent_buffers_set]
+        held = [
+            t for name, t in module._buffers.items() if t is not None and name not in module._non_persistent_buffers_set
+        ]
         for tensor in [] if isinstance(module, Activation) else [*module.parameters(recurse=False), *held]:
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(torch.bfloat16)
@@ -137,7 +139,13 @@ def test_trainer_checkpoint(saved, tmp_path):
     rows = [{"input_ids": torch.randint(5, 90, (12,))} for _ in range(8)]
     rows = [row | {"labels": row["input_ids"]} for row in rows]
     args = tf.TrainingArguments(
-        str(tmp_path), max_steps=2, save_steps=2, per_device_train_batch_size=4, report_to=[], use_cpu=True, disable_tqdm=True
+        str(tmp_path),
+        max_steps=2,
+        save_steps=2,
+        per_device_train_batch_size=4,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
     )
     tf.Trainer(model=model, args=args, train_dataset=rows).train()
     again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
@@ -249,7 +257,8 @@ out = {}
 for folder, classes in json.loads(sys.argv[1]).items():
     for name in classes:
         cls = getattr(transformers, name)
-        for label, options in {"plain": {}, "bf16": {"dtype": torch.bfloat16}, "device_map": {"device_map": "auto"}}.items():
+        ways = {"plain": {}, "bf16": {"dtype": torch.bfloat16}, "device_map": {"device_map": "auto"}}
+        for label, options in ways.items():
             try:
                 cls.from_pretrained(folder, **options)
                 out[f"{folder} {name} {label}"] = "LOADED"
@@ -265,7 +274,9 @@ def test_without_orthoact_every_route_fails_and_names_it(saved, tmp_path):
     for name in tiny.HF:
         model, folder = saved(name)
         trunk = type(model.base_model).__name__
-        routes[str(folder)] = sorted({auto_class(model).__name__, type(model).__name__, "AutoModel", trunk} - {"T5Stack"})
+        routes[str(folder)] = sorted(
+            {auto_class(model).__name__, type(model).__name__, "AutoModel", trunk} - {"T5Stack"}
+        )
     _, folder = saved("gpt2")
     tf.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "again")
     routes[str(tmp_path / "again")] = ["AutoModelForCausalLM"]

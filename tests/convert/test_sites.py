@@ -27,7 +27,9 @@ def test_timm_sites(name):
     assert max(set(found), key=found.count) == target
 
 
-@pytest.mark.parametrize(("name", "channel"), [("vit", -1), ("convnext", -1), ("mobilenet", 1), ("gpt2", -1), ("t5-gated", -1)])
+@pytest.mark.parametrize(
+    ("name", "channel"), [("vit", -1), ("convnext", -1), ("mobilenet", 1), ("gpt2", -1), ("t5-gated", -1)]
+)
 def test_channel_axis_of_transformers(name, channel):
     sites, _ = orthoact.inspect_model(tiny.hf(name))
     assert {s.channel for s in sites} == {channel}
@@ -100,7 +102,9 @@ def test_include_names_gates_and_exclude_removes():
 
 def test_heads_are_left_unless_asked_for():
     model = tiny.hf("bert-masked")
-    extra = {s.name for s in orthoact.find_sites(model, include_heads=True)} - {s.name for s in orthoact.find_sites(model)}
+    extra = {s.name for s in orthoact.find_sites(model, include_heads=True)} - {
+        s.name for s in orthoact.find_sites(model)
+    }
     assert extra == {"cls.predictions.transform.transform_act_fn"}
 
 

@@ -110,7 +110,7 @@ def test_tolerance_picks_a_degree_per_target():
     model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4), nn.ReLU())
     gelu, relu = orthoact.plan(model, tolerance=1e-2).fits
     assert gelu.objective**0.5 <= 1e-2 and gelu.degree > relu.degree
-    assert orthoact.fit("gelu", degree=gelu.degree - 2).objective**0.5 > 1e-2
+    assert orthoact.fit("gelu", degree=gelu.degree - 2).objective ** 0.5 > 1e-2
 
 
 def bad_nan(model):
@@ -136,10 +136,10 @@ def bad_nan(model):
 def test_a_failure_leaves_the_model_as_it_was(prepare, message):
     model = tiny.hf("gpt2")
     options = prepare(model)
-    before = {n: m for n, m in model.named_modules()}
+    before = dict(model.named_modules())
     with pytest.raises(OrthoactError, match=message):
         orthoact.convert_(model, **options)
-    assert {n: m for n, m in model.named_modules()} == before
+    assert dict(model.named_modules()) == before
 
 
 def test_a_model_without_activations():
