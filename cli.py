@@ -260,7 +260,7 @@ def convert(
     from .convert.checkpoint import check_output, save
     from .convert.fidelity import evaluate
     from .convert.sources import load_source
-    from .convert.surgeon import convert_, plan, revert_, site_rows
+    from .convert.surgeon import convert_, plan, revert_
 
     options = _fit_options(family, degree, tolerance, tails, derivative_weight)
     out = output or _default_output(model, family)
@@ -281,7 +281,7 @@ def convert(
         _refuse_left(made.left)
     report: dict[str, Any] = {
         "output": None if dry_run else str(out),
-        "sites": site_rows(made),
+        "sites": made.rows,
         "left": _left_rows(made.left),
         "seconds": {"load": loaded, "fit": made.seconds, "save": 0.0},
         "parameters": made.parameters,

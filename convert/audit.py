@@ -68,7 +68,7 @@ def audit(model: nn.Module, sites: list[Site]) -> Audit:
     Where no input can be made, or the pass fails, `left` says so. The model's mode is restored, its weights untouched.
     """
     try:
-        batch = probe_batch(model)
+        batch = probe_batch(model, rows=1, length=8)
     except OrthoactError as error:
         return Audit(left=[Left("", "?", 0, f"{NOT_AUDITED}: {error}")])
     result = Audit()

@@ -61,7 +61,7 @@ def batches(
     if data is None:
         if source.base != DEMO or not predicts_next(model):
             images = takes_images(model)
-            batch = probe_batch(model, rows=2 if images else 4, length=64, seed=seed)
+            batch = probe_batch(model, rows=2, length=12, seed=seed)
             return Batches("probe", "images" if images else "texts", [batch])
         data, name = demo_folder() / "heldout.txt", "demo"
     path = Path(data).expanduser()
@@ -129,7 +129,7 @@ def _windows(model: Any, tokenizer: Any, text: str, limit: int | None, size: int
     return out
 
 
-def _sentences(model, tokenizer, texts, labels, limit, size, seed) -> list[dict[str, Tensor]]:
+def _sentences(model: Any, tokenizer: Any, texts, labels, limit, size, seed) -> list[dict[str, Tensor]]:
     """Padded batches of texts; masked models get a seeded 15 % of masks, whose originals are the labels."""
     kept = [(t.strip(), labels[i] if labels else None) for i, t in enumerate(texts) if t.strip()][:limit]
     if not kept:

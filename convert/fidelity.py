@@ -18,8 +18,8 @@ from ..interp.errors import OrthoactError
 from .data import Batches, batches, predicts_next, takes_images
 from .sources import Source
 
-ROWS = 256
-"""Positions whose distributions are compared at a time: float64 over a vocabulary is large."""
+CHUNK = 2**19
+"""Logits that are compared at a time: in float64 those of a whole text would be as large as the model."""
 
 
 @dataclass
@@ -122,8 +122,9 @@ def _compare(sums: _Sums, model, inputs: Batches, batch, base, new, labels: Tens
     keep = mask.bool().flatten() if mask is not None and mask.shape == p.shape[:-1] else None
     p, q = p.flatten(0, -2), q.flatten(0, -2)
     flat = labels.flatten() if labels is not None and labels.numel() == len(p) else None
-    for start in range(0, len(p), ROWS):
-        rows = slice(start, start + ROWS)
+    step = max(1, CHUNK // p.shape[-1])
+    for start in range(0, len(p), step):
+        rows = slice(start, start + step)
         a, b = p[rows].double().log_softmax(-1), q[rows].double().log_softmax(-1)
         if flat is not None:
             sums.loss_base += float(F.nll_loss(a, flat[rows], ignore_index=-100, reduction="sum"))

@@ -189,9 +189,18 @@ def install(model: nn.Module, spec: Mapping[str, Any], *, complete: bool) -> lis
         installed.append(here)
         old = model.get_submodule(here)
         if not isinstance(old, Activation):
-            parent, _, leaf = here.rpartition(".")
-            model.get_submodule(parent)._modules[leaf] = _rebuild(name, spec["sites"][name], old)
+            put(model, here, _rebuild(name, spec["sites"][name], old))
     return installed
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Set the activation at a dotted path."""
+    path, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(path)
+    parent._modules[leaf] = module
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        # its fused path for inference runs the activation that this number names, whatever the module is
+        parent.activation_relu_or_gelu = {nn.ReLU: 1, nn.GELU: 2}.get(type(module), 0)
 
 
 def located(model: nn.Module, spec: Mapping[str, Any]) -> dict[str, str | None]:

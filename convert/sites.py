@@ -50,10 +50,13 @@ class Site:
     """Name of its class."""
     left: str = ""
     """Why it is not converted; empty where it is."""
-    shared: str = ""
-    """Name of the first path that holds the same object; empty where this is it."""
     channel: int | None = None
     """The axis of its input that counts channels, None where no forward pass could tell."""
+
+    @property
+    def key(self) -> object:
+        """Equal for sites with one target: a named one by its name, a module that no list knows by its identity."""
+        return id(self.target.function) if isinstance(self.target.function, nn.Module) else self.target.name
 
 
 def find_sites(
@@ -83,8 +86,8 @@ def survey(
 ) -> list[Site]:
     """Every activation module of `model`, those that are left with the reason; the choice is that of `find_sites`."""
     include, exclude = tuple(include), tuple(exclude)
-    owner = _trunk(model)
-    sites, slots, first = [], set(), {}
+    trunk = _trunk(model)
+    sites, slots = [], set()
     for path, parent in model.named_modules(remove_duplicate=False):
         for leaf, child in parent._modules.items():
             if child is None or (id(parent), leaf) in slots:  # a parent at several paths has each slot once
@@ -94,10 +97,8 @@ def survey(
             site = recognise(name, child)
             if site is None:
                 continue
-            shared = first.get(id(child), "")
-            first.setdefault(id(child), name)
-            left = site.left or _reason(site, owner, include, exclude, include_heads)
-            sites.append(replace(site, shared=shared, left=left))
+            left = site.left or _reason(site, trunk, include, exclude, include_heads)
+            sites.append(replace(site, left=left))
     return sites
 
 

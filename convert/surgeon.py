@@ -15,7 +15,7 @@ from ..interp.domains import Gaussian
 from ..interp.errors import OrthoactError
 from ..interp.fit import DERIVATIVE_WEIGHT, Fit, check_options, fit, fit_to_tolerance
 from .audit import Audit, Left, audit
-from .record import attach, detach
+from .record import attach, detach, put
 from .sites import Site, survey
 
 
@@ -37,7 +37,18 @@ class Plan:
     @property
     def parameters(self) -> int:
         """The number of learnable coefficients."""
-        return sum(f.parameters * (self.groups or 1) for f in self.fits)
+        return sum(row["parameters"] for row in self.rows)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a site: name, target, family, degree, parameters, errors."""
+        kept = ("family", "degree", "value_rms", "slope_rms", "value_max")
+        return [
+            {"name": s.name, "target": s.target.name}
+            | {key: getattr(f, key) for key in kept}
+            | {"parameters": f.parameters * (self.groups or 1)}
+            for s, f in zip(self.sites, self.fits, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -52,23 +63,12 @@ class Conversion:
     @property
     def sites(self) -> list[dict[str, Any]]:
         """One row a site: name, target, family, degree, parameters, errors."""
-        return site_rows(self.plan)
+        return self.plan.rows
 
     @property
     def left(self) -> tuple[Left, ...]:
         """What stays, and why."""
         return self.plan.left
-
-
-def site_rows(plan: Plan) -> list[dict[str, Any]]:
-    """The rows of the JSON report."""
-    kept = ("family", "degree", "value_rms", "slope_rms", "value_max")
-    return [
-        {"name": s.name, "target": s.target.name}
-        | {key: getattr(f, key) for key in kept}
-        | {"parameters": f.parameters * (plan.groups or 1)}
-        for s, f in zip(plan.sites, plan.fits, strict=True)
-    ]
 
 
 def inspect_model(model: nn.Module, **choice) -> tuple[list[Site], list[Left]]:
@@ -106,12 +106,9 @@ def plan(
     """
     start = perf_counter()
     check_options(family, degree, tails, derivative_weight)
-    if any(isinstance(m, Activation) for m in model.modules()):
-        raise OrthoactError(
-            "the model is converted already: revert it first (orthoact revert), or --overwrite to refit"
-        )
-    for name, parameter in model.named_parameters():
-        if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
+    _refuse_converted(model)
+    for name, weight in model.named_parameters():
+        if not _is_finite(weight):
             raise OrthoactError(
                 f"the weight {name} holds NaN or infinite values: repair the checkpoint before converting"
             )
@@ -127,11 +124,10 @@ def plan(
         "derivative_weight": derivative_weight,
         "domain": domain,
     }
-    fits: dict[str, Fit] = {}
+    fits: dict[Any, Fit] = {}
     for site in sites:
-        key = site.target.name
-        if key not in fits:
-            fits[key] = (
+        if site.key not in fits:
+            fits[site.key] = (
                 fit_to_tolerance(site.target, tolerance, **options)
                 if tolerance is not None
                 else fit(site.target, degree=degree, **options)
@@ -141,7 +137,21 @@ def plan(
         unknown = [s.name for s in sites if s.channel is None]
         if unknown:
             raise OrthoactError(f"--groups {groups}: the channel axis of {unknown[0]} is not known; leave --groups out")
-    return Plan(tuple(sites), tuple(fits[s.target.name] for s in sites), tuple(left), groups, perf_counter() - start)
+    return Plan(tuple(sites), tuple(fits[s.key] for s in sites), tuple(left), groups, perf_counter() - start)
+
+
+def _refuse_converted(model: nn.Module) -> None:
+    if any(isinstance(m, Activation) for m in model.modules()):
+        raise OrthoactError(
+            "the model is converted already: revert it first (orthoact revert), or --overwrite to refit"
+        )
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    """Whether a weight holds neither NaN nor infinity; its sum tells at a tenth of the cost, unless that overflows."""
+    if weight.is_meta or not weight.is_floating_point():
+        return True
+    return bool(weight.detach().sum(dtype=torch.float32).isfinite()) or bool(torch.isfinite(weight).all())
 
 
 def convert_(model: nn.Module, plan_: Plan | None = None, **options) -> Conversion:
@@ -156,6 +166,13 @@ def convert_(model: nn.Module, plan_: Plan | None = None, **options) -> Conversi
     ['1']
     """
     made = plan_ or plan(model, **options)
+    _refuse_converted(model)
+    there = dict(model.named_modules(remove_duplicate=False))
+    strange = [site.name for site in made.sites if site.name not in there]
+    if strange:
+        raise OrthoactError(
+            f"the plan names {strange[0]!r}, which {type(model).__name__} does not have: plan this model"
+        )
     activations: dict[str, Activation] = {}
     for site, copy in zip(made.sites, made.fits, strict=True):
         old = model.get_submodule(site.name)
@@ -190,12 +207,6 @@ def revert_(model: nn.Module) -> nn.Module:
         put(model, name, m.original)  # pyright: ignore[reportArgumentType]
     detach(model)
     return model
-
-
-def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Set the submodule at a dotted path."""
-    path, _, leaf = name.rpartition(".")
-    model.get_submodule(path)._modules[leaf] = module
 
 
 def _device(model: nn.Module, name: str) -> torch.device:

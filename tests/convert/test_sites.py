@@ -111,9 +111,9 @@ def test_heads_are_left_unless_asked_for():
 def test_one_object_at_several_paths_gives_a_site_each():
     act = nn.GELU()
     model = nn.ModuleList([net(act), net(act)])
-    sites = orthoact.find_sites(model)
-    assert [s.name for s in sites] == ["0.1", "1.1"]
-    assert [s.shared for s in sites] == ["", "0.1"]
+    assert [s.name for s in orthoact.find_sites(model)] == ["0.1", "1.1"]
+    orthoact.convert_(model)
+    assert model[0][1] is not model[1][1], "each path gets an activation of its own"
 
 
 def test_a_shared_parent_has_its_slot_once():

@@ -178,3 +178,46 @@ def test_compiled_model_matches():
     expected = tiny.outputs(model)
     compiled = torch.compile(model, backend="aot_eager")
     assert torch.allclose(tiny.outputs(model, run=compiled), expected, atol=1e-5)
+
+
+class Scaled(nn.Module):
+    """Two of these compute different functions under one class name."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x):
+        return torch.atan(self.scale * x) * x
+
+
+def test_unknown_activations_of_one_class_get_fits_of_their_own():
+    model = nn.Sequential(Scaled(1.0), Scaled(3.0))
+    x = torch.linspace(-2, 2, 50)[:, None]
+    expected = [m(x) for m in model]
+    first, second = orthoact.convert_(model, degree=16).plan.fits
+    assert first.coefficients != second.coefficients
+    assert all((m(x) - e).abs().max() < 0.05 for m, e in zip(model, expected, strict=True))
+
+
+@pytest.mark.parametrize("act", [nn.GELU(), nn.ReLU()])
+def test_the_fused_path_of_torch_does_not_run_the_old_activation(act):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, activation=act, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        before = layer(x)
+        orthoact.convert_(layer)
+        layer.activation.theta[0] += 0.5
+        assert not torch.allclose(layer(x), before, atol=1e-3), "the fused path ran the old activation"
+        orthoact.revert_(layer)
+        assert torch.equal(layer(x), before)
+
+
+def test_a_plan_for_another_model_is_refused():
+    made = orthoact.plan(tiny.hf("gpt2"))
+    with pytest.raises(OrthoactError, match=r"names 'transformer\.h\.0\.mlp\.act'.*plan this model"):
+        orthoact.convert_(tiny.hf("bert-masked"), made)
+    model = tiny.hf("gpt2")
+    orthoact.convert_(model, made)
+    with pytest.raises(OrthoactError, match="converted already"):
+        orthoact.convert_(model, made)
