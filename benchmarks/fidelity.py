@@ -31,8 +31,10 @@ MODELS = {
 }
 
 
-def measure(name: str, degrees: list[int], **options) -> list[dict]:
+def measure(name: str, degrees: list[int], *, most: int | None = None, **options) -> list[dict]:
+    """One row a degree; `most` bounds the tokens, texts or images, `options` are those of `orthoact.convert_`."""
     model, data, limit, what = MODELS[name]
+    limit = min(limit or most, most) if most else limit
     folder = model if model == "demo" else real_models.available(model)
     path = None if data is None else real_models.available(data)
     if folder is None or (data is not None and path is None):

@@ -170,6 +170,22 @@ def test_strict_fails_on_functional_activations(tmp_path):
     assert "erf" in failed.stderr and any(i["function"] == "erf" for i in json.loads(failed.stdout)["left"])
 
 
+def test_a_broken_conversion_is_told_in_one_sentence(converted, tmp_path):
+    from safetensors.torch import save_file
+
+    config = json.loads((converted / "config.json").read_text())
+    sites = config["orthoact"]["sites"]
+    sites["transformer.h.9.mlp.act"] = sites["transformer.h.0.mlp.act"]
+    shutil.copytree(converted, "site")
+    (tmp_path / "site" / "config.json").write_text(json.dumps(config))
+    shutil.copytree(converted, "tensor")
+    tensors = load_file(converted / "model.safetensors")
+    del tensors["transformer.h.2.mlp.act.theta"]
+    save_file(tensors, tmp_path / "tensor" / "model.safetensors", {"format": "pt"})
+    assert "'transformer.h.9.mlp.act', which GPT2LMHeadModel does not have" in call("evaluate", "site", code=1).stderr
+    assert "lacks theta of the learnable activation" in call("evaluate", "tensor", code=1).stderr
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
