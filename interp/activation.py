@@ -2,9 +2,9 @@ r"""The learnable activation: a core series between two joints, continued by str
 
 $$F(x) = S(x_c) + s_{lo} \min(x - lo, 0) + s_{hi} \max(x - hi, 0), \quad x_c = \mathrm{clip}(x, lo, hi)$$
 
-with $s_{lo} = S'(lo) + jump_{lo}$ and likewise at hi. The jumps are zero unless a joint sits on a kink of the target,
-so that F is continuously differentiable. Pretrained transformers have outliers of +-20 at these inputs; the tails keep
-them where the target has them.
+with $s_{lo} = S'(lo) + jump_{lo}$ and likewise at hi. The jumps are zero, but for the rounding that they undo, unless a
+joint sits on a kink of the target: F is continuously differentiable. Pretrained transformers have outliers of +-20 at
+these inputs; the tails keep them where the target has them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -117,14 +118,19 @@ class Activation(nn.Module):
         slopes = torch.stack(self.family.slopes(z, self.degree), dim=-1) / fit.scale
         values = {
             "theta": torch.zeros_like(self.theta),
-            "start": torch.tensor(fit.coefficients),
+            "start": torch.tensor(fit.coefficients, dtype=torch.float64),
             "transform": torch.from_numpy(transform(fit)),
             "end_slopes": slopes if self.tails == "linear" else torch.zeros_like(slopes),
-            "jumps": torch.tensor(fit.jumps),
+            "jumps": torch.tensor(fit.jumps, dtype=torch.float64),
         }
-        values |= {name: torch.tensor(getattr(fit, name)) for name in ("location", "scale", "lo", "hi")}
+        for name in ("location", "scale", "lo", "hi"):
+            values[name] = torch.tensor(getattr(fit, name), dtype=torch.float64)
         for name, value in values.items():
             getattr(self, name).copy_(value)
+        if self.tails == "linear":  # the tails' slopes exact at the start, in spite of rounded coefficients
+            at = np.array([fit.lo, fit.hi])
+            wanted = torch.from_numpy(fit(at)[1]) + torch.tensor(fit.jumps, dtype=torch.float64)
+            self.jumps.copy_(wanted - (self.start * self.end_slopes).sum(-1).double())
 
     @property
     def coefficients(self) -> Tensor:
@@ -142,14 +148,19 @@ class Activation(nn.Module):
             assert self.original is not None
             return self.original(input)
         x = input.to(torch.promote_types(input.dtype, torch.float32))
-        a = self.coefficients.to(x.dtype)
+        a = self.coefficients
         if self.groups is not None:
             a = self.per_channel(a, x)
         if self.tails == "none":
-            return self.family.evaluate(list(a.unbind(-1)), (x - self.location) / self.scale).to(input.dtype)
-        ends = [(a * row).sum(-1) + jump for row, jump in zip(self.end_slopes, self.jumps, strict=True)]
-        core = self.family.evaluate(list(a.unbind(-1)), (x.clamp(self.lo, self.hi) - self.location) / self.scale)
-        # relu, whose slope is zero at zero: at a joint only the core's slope counts
+            return self.family.evaluate(list(a.to(x.dtype).unbind(-1)), (x - self.location) / self.scale).to(
+                input.dtype
+            )
+        # in float32 for every input, as where the jumps were made
+        ends = [((a * row).sum(-1) + jump).to(x.dtype) for row, jump in zip(self.end_slopes, self.jumps, strict=True)]
+        a = a.to(x.dtype)
+        # not clamp, whose slope at a tie is a half: at a joint the slope is that of the core
+        inside = torch.where(x < self.lo, self.lo, torch.where(x > self.hi, self.hi, x))
+        core = self.family.evaluate(list(a.unbind(-1)), (inside - self.location) / self.scale)
         return (core - ends[0] * F.relu(self.lo - x) + ends[1] * F.relu(x - self.hi)).to(input.dtype)
 
     def per_channel(self, a: Tensor, x: Tensor) -> Tensor:

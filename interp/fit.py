@@ -128,8 +128,12 @@ def fit_to_tolerance(target: str | Target | Callable[[Tensor], Tensor], toleranc
     """
     if not tolerance > 0:
         raise OrthoactError(f"--tolerance {tolerance}: expected a positive number")
+    family = options.get("family", "hermite")
+    degrees = get_family(family).degrees
+    weight = options.get("derivative_weight", DERIVATIVE_WEIGHT)
+    check_options(family, degrees[0], options.get("tails", "linear"), weight)
     best = None
-    for degree in get_family(options.get("family", "hermite")).degrees:
+    for degree in degrees:
         try:
             candidate = fit(target, degree=degree, **options)
         except OrthoactError:  # too low to meet the asymptotes
@@ -172,15 +176,22 @@ class _Problem:
         domain = replace(domain, tail=0.0) if tails == "none" else domain
         self.target, self.family, self.degree, self.domain = target, family, degree, domain
         self.tails, self.weight = tails, weight
-        self.x, self.w = domain.nodes()
-        for kink in target.kinks:  # the slope at a kink is a convention of autograd
-            self.w = np.where(np.abs(self.x - kink) < 1e-9 * domain.std, 0.0, self.w)
-        far = np.linspace(-20, 20, 401) if tails == "linear" else np.empty(0)
+        # a bare polynomial of degree n has its mass out to 2 sqrt(n) standard deviations
+        x, w = domain.nodes(14.0) if tails == "none" else domain.nodes()
+        self.x, self.w = x, np.where(self.smooth(x), w, 0.0)
+        half = (x[1] - x[0]) / 2
+        self.ends = x[0] - half, x[-1] + half
+        far = np.linspace(-20, 20, 401) if tails == "linear" else np.linspace(*self.four_deviations(), 401)
+        far = far[self.smooth(far)]
         values, slopes = target(np.concatenate([self.x, far]))
         n = len(self.x)
         self.f, self.d = values[:n], slopes[:n]
         self.far = (far, values[n:], slopes[n:])
         self.location, self.scale = domain.mean, domain.std
+
+    def smooth(self, x: np.ndarray) -> np.ndarray:
+        """Where x is no kink: the slope there is a convention of autograd."""
+        return np.all([np.abs(x - kink) > 1e-9 for kink in self.target.kinks] or [np.isfinite(x)], axis=0)
 
     def rows(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Basis values and derivatives with respect to x, each (points, coefficients)."""
@@ -234,14 +245,18 @@ class _Problem:
         symmetric = self.is_symmetric()
         if symmetric:
             centre = 0.0
-        least, most = self.x[0], self.x[-1]
+        least, most = self.ends
+        left, right = self.target.left, self.target.right
+        if self.degree == 2 and left and right and left[0] != right[0]:
+            # a parabola meets two lines only with joints symmetric about their crossing
+            centre = (right[1] - left[1]) / (left[0] - right[0])
 
         def joints(radius: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             lo = np.full_like(radius, fixed[0]) if fixed[0] is not None else np.maximum(centre - radius, least)
             hi = np.full_like(radius, fixed[1]) if fixed[1] is not None else np.minimum(centre + radius, most)
             return lo, hi
 
-        radii, radius, value, exact = np.geomspace(0.4, 8, 24) * spread, spread, inf, False
+        radii, radius, value, exact = np.geomspace(0.4, 8, 16) * spread, spread, inf, False
         for _ in range(3):
             values = objective(*joints(radii))
             value = float(values.min())
@@ -255,7 +270,7 @@ class _Problem:
             exact = bool(good.all())
             best = np.flatnonzero(good)[np.abs(radii[good] - 3 * self.domain.std).argmin()]
             radius = radii[best]
-            radii = np.linspace(radii[max(best - 1, 0)], radii[min(best + 1, len(radii) - 1)], 12)
+            radii = np.linspace(radii[max(best - 1, 0)], radii[min(best + 1, len(radii) - 1)], 9)
         lo, hi = (float(side[0]) for side in joints(np.array([radius])))
         if not symmetric and not exact:
             lo, hi = self.pattern_search(objective, lo, hi, fixed, value)
@@ -267,7 +282,7 @@ class _Problem:
         moves = moves * [fixed[0] is None, fixed[1] is None]
         step = (hi - lo) / 8
         for _ in range(40):
-            at = np.clip(np.array([lo, hi]) + step * moves, self.x[0], self.x[-1])
+            at = np.clip(np.array([lo, hi]) + step * moves, *self.ends)
             values = objective(at[:, 0], at[:, 1])
             best = int(values.argmin())
             if values[best] < value:
@@ -365,14 +380,11 @@ class _Problem:
 
     def measure(self, result: Fit) -> Fit:
         value, slope = result(self.x)
-        error, slope_error = value - self.f, slope - self.d
+        error, slope_error = value - self.f, np.where(self.smooth(self.x), slope - self.d, 0.0)
+        far_value, far_slope = result(self.far[0])
+        sup, slope_sup = np.abs(far_value - self.far[1]).max(), np.abs(far_slope - self.far[2]).max()
         if self.tails == "linear":
-            far_value, far_slope = result(self.far[0])
-            sup = max(np.abs(error).max(), np.abs(far_value - self.far[1]).max())
-            slope_sup = max(np.abs(slope_error).max(), np.abs(far_slope - self.far[2]).max())
-        else:
-            near = (self.x >= result.holds[0]) & (self.x <= result.holds[1])
-            sup, slope_sup = np.abs(error[near]).max(), np.abs(slope_error[near]).max()
+            sup, slope_sup = max(sup, np.abs(error).max()), max(slope_sup, np.abs(slope_error).max())
         square, slope_square = float(self.w @ error**2), float(self.w @ slope_error**2)
         return replace(
             result,
@@ -385,73 +397,64 @@ class _Problem:
 
 
 class _Objective:
-    """J at many pairs of joints at once.
+    """J at many pairs of joints at once, on every third node: enough to choose the joints.
 
-    The Gram matrix of the core between two joints is a difference of running sums over the nodes, so that each pair
-    costs a small solve and no pass over the data. The search needs no more than its few digits; `finish` solves the
-    chosen problem again by orthogonal factorisation.
+    Each pair has a basis scaled to its own core, and J is a sum of squared residuals: the cheaper difference of running
+    sums loses all its digits where J is small.
     """
 
     def __init__(self, problem: _Problem, sides: tuple[_Side, _Side]):
         self.problem, self.sides = problem, sides
-        p, root = problem, np.sqrt(problem.weight)
-        value, slope = p.rows(p.x)
-        slope, d = root * slope, root * p.d
-        self.m = m = value.shape[1]
-        density = np.empty((len(p.x), m * m + m + 3))
-        density[:, : m * m] = (value[:, :, None] * value[:, None] + slope[:, :, None] * slope[:, None]).reshape(
-            -1, m * m
-        )
-        density[:, m * m : -3] = value * p.f[:, None] + slope * d[:, None]
-        density[:, -3] = p.f**2 + d**2
-        for column, side in zip((-2, -1), sides, strict=True):
-            line = side.line or (0.0, 0.0)  # without a line the tail depends on its joint: see `tail_error`
-            density[:, column] = (p.f - line[0] * p.x - line[1]) ** 2 + p.weight * (p.d - line[0]) ** 2
-        self.sums = np.concatenate([np.zeros_like(density[:1]), np.cumsum(p.w[:, None] * density, axis=0)])
+        p = problem
+        self.x, self.w, self.f, self.d = p.x[1::3], p.w[1::3] / p.w[1::3].sum(), p.f[1::3], p.d[1::3]
+        self.step = self.x[1] - self.x[0]
 
     def __call__(self, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
-        p, m, joints = self.problem, self.m, np.stack([lo, hi])
-        at_lo, at_hi = self.at(lo), self.at(hi)
-        core = at_hi - at_lo
-        gram, right, square = core[:, : m * m].reshape(-1, m, m), core[:, m * m : -3, None], core[:, -3]
-        tails = [at_lo[:, -2], self.sums[-1, -1] - at_hi[:, -1]]
-        values, slopes = p.rows(joints)
-        equalities, wanted = [], []
-        for i, side in enumerate(self.sides):
+        p, weight = self.problem, self.problem.weight
+        narrow = hi - lo < (p.degree + 1) * self.step  # fewer nodes than coefficients
+        hi = np.where(narrow, lo + 1, hi)
+        below, above = self.share_below(lo), 1 - self.share_below(hi)
+        w = np.clip(self.w * (1 - below - above), 0, None)
+        used = np.flatnonzero(w.max(axis=0))
+        middle, unit = (lo + hi) / 2, (hi - lo) / 2 / p.family.reach(p.degree)
+        at = np.concatenate([np.broadcast_to(self.x[used], (len(lo), len(used))), lo[:, None], hi[:, None]], axis=1)
+        z = (at - middle[:, None]) / unit[:, None]
+        values = np.stack(p.family.basis(z, p.degree), axis=-1)
+        slopes = np.stack(p.family.slopes(z, p.degree), axis=-1)  # with respect to z
+        root = np.sqrt(w[:, used])[..., None]
+        tilt = np.sqrt(weight) * root
+        system = np.concatenate([root * values[:, :-2], tilt / unit[:, None, None] * slopes[:, :-2]], axis=1)
+        right = np.concatenate([root * self.f[used, None], tilt * self.d[used, None]], axis=1)
+        tails, equalities, wanted = 0.0, [], []
+        for i, (side, joint, share) in enumerate(zip(self.sides, (lo, hi), (below, above), strict=True)):
             if side.line is not None:
-                value, slope = side.line[0] * joints[i] + side.line[1], np.full_like(joints[i], side.line[0])
-            else:
-                value, slope = np.interp(joints[i], p.x, p.f), np.interp(joints[i], p.x, p.d)
-                tails[i] = self.tail_error(joints[i], value, slope, left=i == 0)
-            equalities += [values[i]] if side.kink is not None else [values[i], slopes[i]]
-            wanted += [value] if side.kink is not None else [value, slope]
-        matrix, target = np.stack(equalities, 1), np.stack(wanted, 1)[..., None]
+                value, slope = side.line[0] * joint + side.line[1], np.full_like(joint, side.line[0])
+                error = (self.f - side.line[0] * self.x - side.line[1]) ** 2 + weight * (self.d - side.line[0]) ** 2
+            else:  # the tail takes the target's value and slope at the joint
+                value, slope = np.interp(joint, p.x, p.f), np.interp(joint, p.x, p.d)
+                gap = value[:, None] + slope[:, None] * (self.x - joint[:, None]) - self.f
+                error = gap**2 + weight * (slope[:, None] - self.d) ** 2
+            tails = tails + (share * error) @ self.w
+            rows = [(values[:, i - 2], value), (slopes[:, i - 2], slope * unit)]
+            for row, target in rows[:1] if side.kink is not None else rows:
+                equalities.append(row)
+                wanted.append(target)
+        matrix, target = np.stack(equalities, axis=1), np.stack(wanted, axis=1)[..., None]
         inverse = np.linalg.pinv(matrix, rcond=1e-10)
         particular = inverse @ target
         missed = np.abs(matrix @ particular - target).max(axis=(1, 2)) > 1e-7 * (1 + np.abs(target).max())
         fixed = inverse @ matrix
-        free = np.eye(m) - fixed
-        ridge = 1e-14 * np.trace(gram, axis1=1, axis2=2)[:, None, None] + 1e-18
-        system = free @ gram @ free + fixed + ridge * np.eye(m)
-        c = particular + free @ np.linalg.solve(system, free @ (right - gram @ particular))
-        value = ((gram @ c - 2 * right) * c).sum((1, 2)) + square + tails[0] + tails[1]
-        return np.where(missed | (hi <= lo), inf, np.maximum(value, 0))
+        eye = np.eye(fixed.shape[-1])
+        reduced, rest = system @ (eye - fixed), right - system @ particular
+        gram = reduced.transpose(0, 2, 1) @ reduced
+        size = np.trace(gram, axis1=1, axis2=2)[:, None, None] / len(eye) + 1e-300
+        free = np.linalg.solve(gram / size + fixed + 1e-13 * eye, reduced.transpose(0, 2, 1) @ rest / size)
+        value = ((reduced @ free - rest) ** 2).sum(axis=(1, 2)) + tails
+        return np.where(missed | narrow, inf, value)
 
-    def at(self, joint: np.ndarray) -> np.ndarray:
-        """The running sums up to a joint, which lies between two nodes."""
-        position = np.clip(
-            (joint - self.problem.x[0]) / (self.problem.x[1] - self.problem.x[0]) + 0.5, 0, len(self.sums) - 1
-        )
-        index = np.minimum(position.astype(int), len(self.sums) - 2)
-        part = (position - index)[:, None]
-        return self.sums[index] * (1 - part) + self.sums[index + 1] * part
-
-    def tail_error(self, joint: np.ndarray, value: np.ndarray, slope: np.ndarray, *, left: bool) -> np.ndarray:
-        """The share of J in a tail that starts with the target's own value and slope."""
-        p, joint = self.problem, joint[:, None]
-        gap = value[:, None] + slope[:, None] * (p.x - joint) - p.f
-        outside = p.x < joint if left else p.x > joint
-        return ((gap**2 + p.weight * (slope[:, None] - p.d) ** 2) * outside) @ p.w
+    def share_below(self, joint: np.ndarray) -> np.ndarray:
+        """The share of each node's cell below a joint, so that J is continuous in it: (joints, nodes)."""
+        return np.clip((joint[:, None] - self.x) / self.step + 0.5, 0, 1)
 
 
 def _copy(family: Family, fit: Fit, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

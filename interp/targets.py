@@ -47,8 +47,8 @@ class Target:
 
     def __call__(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Values and first derivatives at `x`, in float64."""
-        points = torch.tensor(np.asarray(x, dtype=np.float64), requires_grad=True)
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
+            points = torch.tensor(np.asarray(x, dtype=np.float64), requires_grad=True)
             values = self.function(points)
             if values.requires_grad:
                 (slopes,) = torch.autograd.grad(values.sum(), points)
@@ -79,18 +79,21 @@ def _leaky_relu(name: str, slope: float = 0.01) -> Target:
 
 def _elu(name: str, alpha: float = 1.0) -> Target:
     return Target(
-        name, lambda x: torch.where(x > 0, x, alpha * torch.expm1(x.clamp(max=0))), (0.0, -alpha), kinks=(0.0,)
+        name,
+        lambda x: torch.where(x > 0, x, alpha * torch.expm1(torch.where(x > 0, 0 * x, x))),
+        (0.0, -alpha),
+        kinks=(0.0,),
     )
 
 
 def _celu(name: str, alpha: float = 1.0) -> Target:
-    function = lambda x: torch.where(x > 0, x, alpha * torch.expm1(x.clamp(max=0) / alpha))  # noqa: E731
+    function = lambda x: torch.where(x > 0, x, alpha * torch.expm1(torch.where(x > 0, 0 * x, x) / alpha))  # noqa: E731
     return Target(name, function, (0.0, -alpha), kinks=(0.0,))
 
 
 def _selu(name: str) -> Target:
     alpha, scale = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
-    function = lambda x: scale * torch.where(x > 0, x, alpha * torch.expm1(x.clamp(max=0)))  # noqa: E731
+    function = lambda x: scale * torch.where(x > 0, x, alpha * torch.expm1(torch.where(x > 0, 0 * x, x)))  # noqa: E731
     return Target(name, function, (0.0, -alpha * scale), (scale, 0.0), (0.0,))
 
 
@@ -199,9 +202,11 @@ def get_target(target: str | Target | Callable[[Tensor], Tensor]) -> Target:
     if match is None or base not in TARGETS:
         raise OrthoactError(f"unknown target {target!r}: choose one of {', '.join([*TARGETS, *ALIASES])}")
     try:
-        return TARGETS[base](
-            target.strip() if match[2] else base, *(float(p) for p in (match[2] or "").split(",") if p)
-        )
+        parameters = [float(p) for p in (match[2] or "").split(",") if p]
+        made = TARGETS[base](target.strip() if match[2] else base, *parameters)
+        if not np.isfinite(np.array(made(np.linspace(-30, 30, 61)))).all():
+            raise ValueError
+        return made
     except (TypeError, ValueError) as error:
         raise OrthoactError(f"target {target!r}: expected numbers as its parameters, as in leaky_relu(0.2)") from error
 
@@ -213,10 +218,17 @@ def _from_callable(function: Callable[[Tensor], Tensor]) -> Target:
         far = np.array([-1e3, -500.0, -30.0, 30.0, 500.0, 1e3])
         grid = np.concatenate([far[:3], np.linspace(-8, 8, 33), far[3:]])
         values, slopes = target(grid)
-        again, _ = target(grid[::-1].copy())
+        again, part = target(grid[::-1].copy())[0], target(grid[::4])[0]
     except Exception as error:  # whatever a stranger's function raises
         raise OrthoactError(f"target {name!r} could not be evaluated on a float64 vector: {error}") from error
-    if values.shape != grid.shape or not np.allclose(again[::-1], values, rtol=1e-9, atol=1e-9):
+    if values.shape == grid.shape and not (np.isfinite(values).all() and np.isfinite(slopes).all()):
+        raise OrthoactError(f"target {name!r} is not finite on [-1000, 1000]: give a function that is")
+    if (
+        values.shape != grid.shape
+        or part.shape != grid[::4].shape
+        or not np.allclose(again[::-1], values, rtol=1e-9, atol=1e-9)
+        or not np.allclose(part, values[::4], rtol=1e-9, atol=1e-9)
+    ):
         raise OrthoactError(
             f"target {name!r} is not elementwise: expected one output for each input, the same each time"
         )
