@@ -277,19 +277,21 @@ class _Problem:
         return lo, hi
 
     def pattern_search(self, objective, lo, hi, fixed, value) -> tuple[float, float]:
-        """Move both joints apart from each other, in shrinking steps."""
+        """Move both joints apart from each other, by steps of three sizes at once, until the smallest does not help."""
         moves = np.array([(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1) if (a, b) != (0, 0)], dtype=float)
-        moves = moves * [fixed[0] is None, fixed[1] is None]
+        moves = np.unique(moves * [fixed[0] is None, fixed[1] is None], axis=0)
+        moves = np.concatenate([moves, moves / 3, moves / 9])
         step = (hi - lo) / 8
-        for _ in range(40):
+        for _ in range(30):
             at = np.clip(np.array([lo, hi]) + step * moves, *self.ends)
             values = objective(at[:, 0], at[:, 1])
             best = int(values.argmin())
             if values[best] < value:
                 (lo, hi), value = at[best], values[best]
+                step *= max(1 / 3, np.abs(moves[best]).max())
             else:
-                step /= 2.5
-            if step < 2e-3 * self.domain.std:
+                step /= 27
+            if step < 1e-3 * self.domain.std:
                 break
         return float(lo), float(hi)
 
