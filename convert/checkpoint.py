@@ -15,6 +15,7 @@ from torch import nn
 
 from .._version import __version__
 from ..interp.errors import OrthoactError
+from .record import SENTINEL, spec_of
 from .sources import REPORT, Source, carried_files
 
 
@@ -71,6 +72,11 @@ def save(
     out = Path(out)
     with replacing(out, overwrite=overwrite) as folder:
         write_weights(model, folder)
+        if spec_of(model) is not None and SENTINEL not in (folder / "config.json").read_text(encoding="utf-8"):
+            raise OrthoactError(
+                f"the config class of {type(model).__name__} did not write the record of its activations: the folder "
+                f"would load with the old ones; report this architecture"
+            )
         if source is not None and source.folder is not None:
             for path in carried_files(source):
                 target = folder / path.relative_to(source.folder)

@@ -9,6 +9,7 @@ built, and the record then replaces them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import asdict
 from typing import Any
 
@@ -24,6 +25,10 @@ from ..interp.fit import fit
 SENTINEL = "orthoact"
 FORMAT = 1
 """Version of the record; a reader refuses a newer one."""
+
+
+absent: ContextVar[bool] = ContextVar("orthoact_absent", default=False)
+"""True while the hooks of transformers behave as if this package were not installed, to see that a checkpoint fails."""
 
 
 def describe(activations: Mapping[str, Activation]) -> dict[str, Any]:
@@ -150,8 +155,6 @@ def _owner(config: dict[str, Any], key: str) -> tuple[dict[str, Any] | None, str
 
 def _fails_without(model: Any, config: Any, spec: dict[str, Any]) -> bool:
     """Whether building the model, or its trunk, from the sealed config fails where this package is absent."""
-    from .transformers_hooks import absent
-
     sealed = seal({**config.to_dict(), SENTINEL: spec})
     trunk = getattr(model, "base_model", model)
     for cls in {type(model), type(trunk)}:

@@ -10,29 +10,15 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
-from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
 from ..interp.activation import Activation
 from ..interp.errors import OrthoactError
-from .record import SENTINEL, install, located, missing, seal, unseal
+from .record import SENTINEL, absent, install, located, missing, seal, unseal
 
 TESTED = ("5.20", "5.23")
 """First and last minor version of transformers that the tests ran on."""
-
-_absent: ContextVar[bool] = ContextVar("orthoact_absent", default=False)
-
-
-@contextmanager
-def absent():
-    """Behave as if orthoact were not installed: to check that a checkpoint then fails."""
-    token = _absent.set(True)
-    try:
-        yield
-    finally:
-        _absent.reset(token)
 
 
 def _wrap(cls: type, name: str, make: Callable[[Callable], Callable]) -> None:
@@ -72,13 +58,13 @@ def patch_configuration(module: ModuleType) -> None:
     def to_dict(old):
         def to_dict(self) -> dict[str, Any]:
             config = old(self)
-            return seal(config) if config.get(SENTINEL) and not _absent.get() else config
+            return seal(config) if config.get(SENTINEL) and not absent.get() else config
 
         return to_dict
 
     def from_dict(old):
         def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-            if config_dict.get(SENTINEL) and not _absent.get():
+            if config_dict.get(SENTINEL) and not absent.get():
                 config_dict = unseal(config_dict)
             return old(cls, config_dict, **kwargs)
 
@@ -93,7 +79,7 @@ def patch_modeling(module: ModuleType) -> None:
 
     def init(old):
         def __init__(self, config, *args, **kwargs):
-            if getattr(config, SENTINEL, None) and not _absent.get():
+            if getattr(config, SENTINEL, None) and not absent.get():
                 _unseal_object(config)
             old(self, config, *args, **kwargs)
 
@@ -101,7 +87,7 @@ def patch_modeling(module: ModuleType) -> None:
 
     def post_init(old):
         def post_init(self):
-            spec = None if _absent.get() else getattr(self.config, SENTINEL, None)
+            spec = None if absent.get() else getattr(self.config, SENTINEL, None)
             if not spec:
                 return old(self)
             # a part of the model (T5's encoder) has a copy of the config and only some of the sites, or none
@@ -158,7 +144,7 @@ def patch_modeling(module: ModuleType) -> None:
 
 def check_loaded(model: Any) -> None:
     """Refuse a model whose record could not be applied at all; tell of one where it could only in part."""
-    spec = None if _absent.get() else getattr(getattr(model, "config", None), SENTINEL, None)
+    spec = None if absent.get() else getattr(getattr(model, "config", None), SENTINEL, None)
     if not spec:
         return
     held = sum(isinstance(m, Activation) for m in model.modules())
