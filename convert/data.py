@@ -135,7 +135,8 @@ def _sentences(model: Any, tokenizer: Any, texts, labels, limit, size, seed) -> 
     if not kept:
         raise OrthoactError("--data: expected at least one text that is not empty")
     length = min(getattr(model.config, "max_position_embeddings", None) or 512, 512) - 2
-    masked = type(model).__name__.endswith("ForMaskedLM") and tokenizer.mask_token_id is not None
+    mask: Any = tokenizer.mask_token_id
+    masked = type(model).__name__.endswith("ForMaskedLM") and mask is not None
     classes = getattr(model.config, "num_labels", 0) if type(model).__name__.endswith("SequenceClassification") else 0
     generator = torch.Generator().manual_seed(seed)
     out = []
@@ -150,7 +151,7 @@ def _sentences(model: Any, tokenizer: Any, texts, labels, limit, size, seed) -> 
             special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
             chosen = (torch.rand(ids.shape, generator=generator) < 0.15) & ~special
             batch["labels"] = torch.where(chosen, ids, -100)
-            batch["input_ids"] = ids.masked_fill(chosen, tokenizer.mask_token_id)
+            batch["input_ids"] = ids.masked_fill(chosen, mask)
         elif classes and all(isinstance(y, int) and 0 <= y < classes for _, y in part):
             batch["labels"] = torch.tensor([y for _, y in part])
         if getattr(model.config, "is_encoder_decoder", False):

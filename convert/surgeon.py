@@ -179,7 +179,7 @@ def convert_(model: nn.Module, plan_: Plan | None = None, **options) -> Conversi
         new = Activation.from_fit(
             copy,
             groups=made.groups,
-            channel=-1 if site.channel is None else site.channel,
+            channel=site.channel,
             original=old,
         )
         activations[site.name] = new.train(old.training).to(_device(model, site.name))

@@ -61,7 +61,7 @@ class Activation(nn.Module):
         *,
         tails: str = "linear",
         groups: int | None = None,
-        channel: int = -1,
+        channel: int | None = -1,
         target: str = "",
         original: Callable[[Tensor], Tensor] | None = None,
     ):
@@ -73,6 +73,8 @@ class Activation(nn.Module):
             raise OrthoactError(f"tails {tails!r}: expected one of {', '.join(TAILS)}")
         if groups is not None and (not isinstance(groups, int) or groups < 1):
             raise OrthoactError(f"groups {groups!r}: expected a positive whole number")
+        if groups is not None and channel is None:
+            raise OrthoactError(f"groups {groups}: expected the axis that counts the channels, got none")
         self.degree, self.tails, self.groups, self.channel, self.target = degree, tails, groups, channel, target
         self.domain, self.derivative_weight = Gaussian(), DERIVATIVE_WEIGHT  # of the fit: what a fresh start needs
         self.bypass = False
@@ -93,7 +95,7 @@ class Activation(nn.Module):
         fit: Fit,
         *,
         groups: int | None = None,
-        channel: int = -1,
+        channel: int | None = -1,
         original: Callable[[Tensor], Tensor] | None = None,
     ) -> Activation:
         """The activation that starts as `fit`."""
@@ -165,6 +167,7 @@ class Activation(nn.Module):
 
     def per_channel(self, a: Tensor, x: Tensor) -> Tensor:
         """Coefficients (groups, n+1) spread over the channels of x: (channels, 1, ..., n+1)."""
+        assert self.channel is not None
         width, groups = x.shape[self.channel], a.shape[0]
         if width % groups:
             raise OrthoactError(
