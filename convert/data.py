@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -135,7 +135,7 @@ def _sentences(model: Any, tokenizer: Any, texts, labels, limit, size, seed) -> 
     if not kept:
         raise OrthoactError("--data: expected at least one text that is not empty")
     length = min(getattr(model.config, "max_position_embeddings", None) or 512, 512) - 2
-    mask: Any = tokenizer.mask_token_id
+    mask = cast(int, tokenizer.mask_token_id)  # None where the tokenizer has no mask
     masked = type(model).__name__.endswith("ForMaskedLM") and mask is not None
     classes = getattr(model.config, "num_labels", 0) if type(model).__name__.endswith("SequenceClassification") else 0
     generator = torch.Generator().manual_seed(seed)
