@@ -15,7 +15,6 @@ is trained on it, and nothing (size, dropout, learning rate, number of steps) wa
 import argparse
 import collections
 import hashlib
-import itertools
 import json
 import lzma
 import math
@@ -103,15 +102,13 @@ def chapters_of(lines: list[str]) -> list[str]:
 
 
 def load_text(cache: Path) -> tuple[list[str], str, str]:
-    """The training chapters, the held-out text, and the piece of it that is shipped (about 8 kB)."""
+    """The training chapters, the held-out text, and the piece of it that is shipped (from Emma)."""
     novels = [chapters_of(lines) for lines in read_character_vectors(fetch_rdb(cache))]
     if [len(novel) for novel in novels] != [55, 48, 31, 24, 61, 50]:
         raise ValueError("unexpected numbers of chapters")
     train = [chapter for novel in novels for chapter in novel[:-1]]
     held_out = "\n\n".join(novel[-1] for novel in novels) + "\n"
-    paragraphs = novels[0][-1].split("\n\n")
-    sizes = itertools.accumulate(len(p.encode()) + 2 for p in paragraphs)
-    shipped = "\n\n".join(p for p, size in zip(paragraphs, sizes, strict=True) if size <= 8192) + "\n"
+    shipped = novels[0][-1] + "\n"
     return train, held_out, shipped
 
 
@@ -328,8 +325,8 @@ are joined to paragraphs, which a blank line separates; titles, headings, `_emph
 editors' notes are left out. A chapter is a document, preceded by `<|endoftext|>`.
 
 The last chapter of each novel ({held_bytes:,} bytes, {held_share:.1f} % of the text) is held out: neither the
-tokenizer nor the model was trained on it, and nothing was chosen on it. `heldout.txt` here is a piece of it,
-the first {ship_bytes:,} bytes (whole paragraphs). SHA-256 of the whole held-out text: `{sha}`.
+tokenizer nor the model was trained on it, and nothing was chosen on it. `heldout.txt` here is its
+first {ship_bytes:,} bytes, the last chapter of *Emma*. SHA-256 of the whole held-out text: `{sha}`.
 
 ## Training
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import inf, isfinite
 
 import numpy as np
@@ -125,61 +126,82 @@ def is_symmetric(p: Samples) -> bool:
 
 
 class Objective:
-    """J at many pairs of joints at once, on every third node: enough to choose the joints.
+    """J at many pairs of joints at once.
 
-    Each pair has a basis scaled to its own core, and J is a sum of squared residuals: the cheaper difference of running
-    sums loses all its digits where J is small.
+    The core of each pair is mapped to the same |z| <= reach, where Gauss-Legendre nodes, the basis and the equalities
+    are the same for all; a pair changes only weights, targets and the unit of a slope. J is summed from squares.
     """
 
     def __init__(self, samples: Samples, sides: tuple[Side, Side]):
         self.samples, self.sides = samples, sides
-        p = samples
-        self.x, self.w, self.f, self.d = p.x[1::3], p.w[1::3] / p.w[1::3].sum(), p.f[1::3], p.d[1::3]
-        self.step = self.x[1] - self.x[0]
+        p, self.reach = samples, samples.family.reach(samples.degree)
+        self.t, self.gauss = _legendre()
+        z = np.concatenate([self.reach * self.t, [-self.reach, self.reach]])
+        values = np.stack(p.family.basis(z, p.degree), axis=-1)
+        slopes = np.stack(p.family.slopes(z, p.degree), axis=-1)
+        self.values, self.slopes = values[:-2], slopes[:-2]
+        self.squares = np.concatenate(
+            [(b[:, :, None] * b[:, None]).reshape(len(b), -1) for b in (self.values, self.slopes)]
+        )
+        rows = [(values[i - 2], slopes[i - 2])[: 1 if side.kink is not None else 2] for i, side in enumerate(sides)]
+        u, size, vt = np.linalg.svd(np.array([row for pair in rows for row in pair]))
+        rank = int((size > 1e-10 * size[0]).sum())
+        self.equalities = u, size[:rank], vt[:rank]
+        self.free = vt[rank:].T
+        self.step = p.x[1] - p.x[0]
+        self.cells = np.append(p.x - self.step / 2, p.x[-1] + self.step / 2)
+        self.tails = [
+            None if side.line is None else self.running(side.line, left)
+            for side, left in zip(sides, (1, 0), strict=True)
+        ]
+
+    def running(self, line: Line, left: int) -> np.ndarray:
+        """The share of J in a straight tail that ends at each border of the nodes' cells, summed from outside."""
+        p = self.samples
+        error = p.w * ((p.f - line[0] * p.x - line[1]) ** 2 + p.weight * (p.d - line[0]) ** 2)
+        if left:
+            return np.append(0.0, np.cumsum(error))
+        return np.append(0.0, np.cumsum(error[::-1]))[::-1]
 
     def __call__(self, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
         p, weight = self.samples, self.samples.weight
         narrow = hi - lo < (p.degree + 1) * self.step  # fewer nodes than coefficients
         hi = np.where(narrow, lo + 1, hi)
-        below, above = self.share_below(lo), 1 - self.share_below(hi)
-        w = np.clip(self.w * (1 - below - above), 0, None)
-        used = np.flatnonzero(w.max(axis=0))
-        middle, unit = (lo + hi) / 2, (hi - lo) / 2 / p.family.reach(p.degree)
-        at = np.concatenate([np.broadcast_to(self.x[used], (len(lo), len(used))), lo[:, None], hi[:, None]], axis=1)
-        z = (at - middle[:, None]) / unit[:, None]
-        values = np.stack(p.family.basis(z, p.degree), axis=-1)
-        slopes = np.stack(p.family.slopes(z, p.degree), axis=-1)  # with respect to z
-        root = np.sqrt(w[:, used])[..., None]
-        tilt = np.sqrt(weight) * root
-        system = np.concatenate([root * values[:, :-2], tilt / unit[:, None, None] * slopes[:, :-2]], axis=1)
-        right = np.concatenate([root * self.f[used, None], tilt * self.d[used, None]], axis=1)
-        tails, equalities, wanted = 0.0, [], []
-        for i, (side, joint, share) in enumerate(zip(self.sides, (lo, hi), (below, above), strict=True)):
-            if side.line is not None:
+        half = (hi - lo)[:, None] / 2
+        unit = half / self.reach
+        x = (lo + hi)[:, None] / 2 + half * self.t
+        f, d = (part.reshape(x.shape) for part in p.target(x.ravel()))
+        w = np.interp(x, p.x, p.w) / self.step * half * self.gauss
+        tails, wanted = np.zeros(len(lo)), []
+        for i, (side, joint) in enumerate(zip(self.sides, (lo, hi), strict=True)):
+            tail = self.tails[i]
+            if side.line is not None and tail is not None:
                 value, slope = side.line[0] * joint + side.line[1], np.full_like(joint, side.line[0])
-                error = (self.f - side.line[0] * self.x - side.line[1]) ** 2 + weight * (self.d - side.line[0]) ** 2
+                tails += np.interp(joint, self.cells, tail)
             else:  # the tail takes the target's value and slope at the joint
-                value, slope = np.interp(joint, p.x, p.f), np.interp(joint, p.x, p.d)
-                gap = value[:, None] + slope[:, None] * (self.x - joint[:, None]) - self.f
-                error = gap**2 + weight * (slope[:, None] - self.d) ** 2
-            tails = tails + (share * error) @ self.w
-            rows = [(values[:, i - 2], value), (slopes[:, i - 2], slope * unit)]
-            for row, target in rows[:1] if side.kink is not None else rows:
-                equalities.append(row)
-                wanted.append(target)
-        matrix, target = np.stack(equalities, axis=1), np.stack(wanted, axis=1)[..., None]
-        inverse = np.linalg.pinv(matrix, rcond=1e-10)
-        particular = inverse @ target
-        missed = np.abs(matrix @ particular - target).max(axis=(1, 2)) > 1e-7 * (1 + np.abs(target).max())
-        fixed = inverse @ matrix
-        eye = np.eye(fixed.shape[-1])
-        reduced, rest = system @ (eye - fixed), right - system @ particular
-        gram = reduced.transpose(0, 2, 1) @ reduced
-        size = np.trace(gram, axis1=1, axis2=2)[:, None, None] / len(eye) + 1e-300
-        free = np.linalg.solve(gram / size + fixed + 1e-13 * eye, reduced.transpose(0, 2, 1) @ rest / size)
-        value = ((reduced @ free - rest) ** 2).sum(axis=(1, 2)) + tails
+                value, slope = p.target(joint)
+                gap = value[:, None] + slope[:, None] * (p.x - joint[:, None]) - p.f
+                outside = p.x < joint[:, None] if i == 0 else p.x > joint[:, None]
+                tails += (outside * (gap**2 + weight * (slope[:, None] - p.d) ** 2)) @ p.w
+            wanted += [value] if side.kink is not None else [value, slope * unit[:, 0]]
+        u, size, rows = self.equalities
+        target = np.stack(wanted, axis=1)
+        inside = target @ u[:, : len(size)]
+        missed = np.abs(inside @ u[:, : len(size)].T - target).max(axis=1) > 1e-7 * (1 + np.abs(target).max())
+        c = (inside / size) @ rows
+        if self.free.shape[1]:
+            m = self.values.shape[1]
+            gram = (np.concatenate([w, weight * w / unit**2], axis=1) @ self.squares).reshape(-1, m, m)
+            right = (w * f) @ self.values + (weight * w * d / unit) @ self.slopes - (gram @ c[..., None])[..., 0]
+            reduced = self.free.T @ gram @ self.free
+            ridge = 1e-14 * np.trace(reduced, axis1=1, axis2=2)[:, None, None] + 1e-300
+            y = np.linalg.solve(reduced + ridge * np.eye(reduced.shape[-1]), (right @ self.free)[..., None])[..., 0]
+            c = c + y @ self.free.T
+        error, slope_error = c @ self.values.T - f, c @ self.slopes.T / unit - d
+        value = (w * (error**2 + weight * slope_error**2)).sum(axis=1) + tails
         return np.where(missed | narrow, inf, value)
 
-    def share_below(self, joint: np.ndarray) -> np.ndarray:
-        """The share of each node's cell below a joint, so that J is continuous in it: (joints, nodes)."""
-        return np.clip((joint[:, None] - self.x) / self.step + 0.5, 0, 1)
+
+@lru_cache
+def _legendre() -> tuple[np.ndarray, np.ndarray]:
+    return np.polynomial.legendre.leggauss(48)
