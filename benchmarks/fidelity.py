@@ -54,7 +54,7 @@ def measure(name: str, degrees: list[int], *, most: int | None = None, **options
 def cell(row: dict) -> str:
     if "perplexity" in row:
         return f"{row['change']:+.3f} % perplexity, KL {row['kl']:.1e}, top-1 {100 * row['top1_agreement']:.1f} %"
-    return f"cosine {row['cosine_mean']:.6f}, least {row['cosine_min']:.6f}"
+    return f"cosine {row['cosine_mean']:.7f}, least {row['cosine_min']:.7f}"
 
 
 def markdown(rows: list[dict], degrees: list[int]) -> str:
