@@ -125,7 +125,7 @@ def fit_to_tolerance(target: str | Target | Callable[[Tensor], Tensor], toleranc
     Where no degree reaches it, the best fit is returned and its reason says so.
 
     >>> fit_to_tolerance("gelu", 1e-2).degree
-    4
+    6
     """
     if not tolerance > 0:
         raise OrthoactError(f"--tolerance {tolerance}: expected a positive number")
