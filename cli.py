@@ -23,6 +23,8 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except OrthoactError as error:
             raise click.ClickException(str(error)) from error
+        except BrokenPipeError:
+            raise
         except OSError as error:  # a full disk, a folder that may not be written
             raise click.ClickException(f"{error.filename or 'writing failed'}: {error.strerror or error}") from error
         except KeyboardInterrupt:
@@ -261,6 +263,7 @@ def convert(
     from .convert.fidelity import evaluate
     from .convert.sources import load_source
     from .convert.surgeon import convert_, plan, revert_
+    from .interp.errors import OrthoactError
 
     options = _fit_options(family, degree, tolerance, tails, derivative_weight)
     out = output or _default_output(model, family)
@@ -291,7 +294,12 @@ def convert(
         convert_(source.model, made)
         report["seconds"]["fit"] += perf_counter() - clock
         with _status("measuring", not quiet):
-            report["fidelity"] = evaluate(source, seed=seed)
+            try:
+                report["fidelity"] = evaluate(source, seed=seed)
+            except OrthoactError as error:  # no input could be made up: the conversion itself is sound
+                if "NaN" in str(error):
+                    raise
+                _console().print(f"not measured: {error}")
         with _status(f"writing {out}", not quiet):
             clock = perf_counter()
             record = {k: v for k, v in report.items() if k not in ("output", "seconds")}
@@ -305,7 +313,8 @@ def convert(
 
 
 def _default_output(model: str, family: str) -> Path:
-    name = model.removeprefix("timm:").rstrip("/").rpartition("/")[2]
+    name = model.removeprefix("timm:")
+    name = Path(name).resolve().name if Path(name).is_dir() else name.rpartition("/")[2]
     return Path(f"{name}-{family}")
 
 

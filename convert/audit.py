@@ -58,8 +58,12 @@ class Audit:
     """Calls of activation functions outside the surveyed modules."""
     channels: dict[str, int] = field(default_factory=dict)
     """Axis of the channels of each site's input."""
+    widths: dict[str, int] = field(default_factory=dict)
+    """Number of channels of each site's input."""
     calls: dict[str, int] = field(default_factory=dict)
     """Calls of each site's module."""
+    ran: bool = False
+    """Whether the forward pass came to its end."""
 
 
 def audit(model: nn.Module, sites: list[Site]) -> Audit:
@@ -69,7 +73,7 @@ def audit(model: nn.Module, sites: list[Site]) -> Audit:
     """
     try:
         batch = probe_batch(model, rows=1, length=8)
-    except OrthoactError as error:
+    except Exception as error:  # any config
         return Audit(left=[Left("", "?", 0, f"{NOT_AUDITED}: {error}")])
     result = Audit()
     watched = {id(model.get_submodule(site.name)): site.name for site in sites}
@@ -94,7 +98,7 @@ def audit(model: nn.Module, sites: list[Site]) -> Audit:
             if axis is None and x.dim() <= 3:
                 axis = -1
             if axis is not None:
-                result.channels[name] = axis
+                result.channels[name], result.widths[name] = axis, x.shape[axis]
         stack.append(module)
 
     def after(module: nn.Module, args: tuple, output: Any) -> None:
@@ -117,6 +121,7 @@ def audit(model: nn.Module, sites: list[Site]) -> Audit:
         try:
             with torch.no_grad(), Watch():
                 model(**batch)
+            result.ran = True
         except Exception as error:  # any architecture, any failure: the audit then says what it could not see
             why = (str(error).splitlines() or [""])[0][:120]
             reason = f"the forward pass on made-up inputs failed ({type(error).__name__}: {why})"
@@ -167,9 +172,9 @@ def _timm_batch(model: nn.Module, rows: int, generator: torch.Generator) -> dict
     size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
     if size is None:
         raise OrthoactError("the model has no config that tells its input")
-    built = getattr(model, "_model_args", {}).get("img_size")  # the config tells the size of the pretrained weights
-    if built is not None:
-        size = (size[0], *((built, built) if isinstance(built, int) else built))
+    args = getattr(model, "_model_args", {})  # the config tells the input of the pretrained weights
+    built = args.get("img_size") or size[1:]
+    size = (args.get("in_chans") or size[0], *((built, built) if isinstance(built, int) else built))
     name = next(iter(inspect.signature(model.forward).parameters))
     return {name: torch.randn(rows, *size, generator=generator)}
 
@@ -206,7 +211,8 @@ def _tokens(config, rows, length, generator) -> Tensor | None:
     size = _first(config, "vocab_size")
     if not isinstance(size, int):
         return None
-    limit = _first(config, "max_position_embeddings", "n_positions") or length
+    limit = _first(config, "max_position_embeddings", "n_positions")
+    limit = limit if isinstance(limit, int) and limit > 0 else length  # xlnet says -1
     # no special tokens at the low end: a padding id in the middle would shift positions
     return torch.randint(min(5, size - 1), size, (rows, min(length, limit)), generator=generator)
 

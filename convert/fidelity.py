@@ -16,7 +16,7 @@ from torch import Tensor
 from ..interp.activation import original
 from ..interp.errors import OrthoactError
 from .data import Batches, batches, predicts_next, takes_images
-from .sources import Source
+from .sources import Source, load_source
 
 CHUNK = 2**19
 """Logits that are compared at a time: in float64 those of a whole text would be as large as the model."""
@@ -36,7 +36,7 @@ class _Sums:
 
 
 def evaluate(
-    source: Source,
+    source: Source | str | Path,
     *,
     against: Source | None = None,
     data: str | Path | None = None,
@@ -45,13 +45,14 @@ def evaluate(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Compare the converted model of `source` with its original.
+    """Compare the converted model of `source` (a loaded one, or its folder or name) with its original.
 
     The original is `against`, or the same weights with the activations that were replaced. `data` is what `batches`
     takes. Returns what applies of: `data`, `tokens` | `texts` | `images`, `loss_base`, `loss`, `perplexity_base`,
     `perplexity`, `change` (per cent of the perplexity, or of the loss), `kl` (mean over positions of KL(base ||
     converted), nats), `top1_agreement`, `cosine_mean`, `cosine_min` (of mean-pooled, CLS or pooled outputs).
     """
+    source = source if isinstance(source, Source) else load_source(str(source))
     model: Any = source.model
     if against is None and not source.converted:
         raise OrthoactError(
@@ -66,9 +67,16 @@ def evaluate(
         for done, batch in enumerate(inputs):
             batch = {k: v.to(device) for k, v in batch.items()}
             labels = batch.pop("labels", None)
-            with toggle():
-                base = _outputs(reference, source.kind, batch)
-            new = _outputs(model, source.kind, batch)
+            try:
+                with toggle():
+                    base = _outputs(reference, source.kind, batch)
+                new = _outputs(model, source.kind, batch)
+            except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+                raise OrthoactError(
+                    f"{source.name}: the model does not run on the {inputs.name} batch "
+                    f"({type(error).__name__}: {error}); "
+                    f"give it data that fit with --data"
+                ) from error
             count += _count(inputs, batch)
             _compare(sums, model, inputs, batch, base, new, labels)
             if progress:

@@ -52,6 +52,8 @@ class Site:
     """Why it is not converted; empty where it is."""
     channel: int | None = None
     """The axis of its input that counts channels, None where no forward pass could tell."""
+    width: int | None = None
+    """The number of channels, where a forward pass told."""
 
     @property
     def key(self) -> object:
@@ -85,7 +87,8 @@ def survey(
     include_heads: bool = False,
 ) -> list[Site]:
     """Every activation module of `model`, those that are left with the reason; the choice is that of `find_sites`."""
-    include, exclude = tuple(include), tuple(exclude)
+    include = (include,) if isinstance(include, str) else tuple(include)
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     trunk = _trunk(model)
     sites, slots = [], set()
     for path, parent in model.named_modules(remove_duplicate=False):
@@ -158,6 +161,7 @@ def _probe(module: nn.Module) -> Target | None:
         with torch.no_grad():
             values = module(grid.clone())
             again = module(grid.flip(0, 1).clone()).flip(0, 1)
+            part = module(grid[:, 3:9].clone())
     except Exception:  # a leaf that does not take one plain tensor is no activation
         return None
     finally:
@@ -166,6 +170,8 @@ def _probe(module: nn.Module) -> Target | None:
         return None
     if not torch.equal(values.isfinite(), again.isfinite()) or not torch.allclose(values, again, equal_nan=True):
         return None
+    if part.shape != grid[:, 3:9].shape or not torch.allclose(part, values[:, 3:9], equal_nan=True):
+        return None  # an output that depends on the other inputs, as of softmin
     values = values.double()
     errors = {name: float((values - reference).abs().max()) for name, reference in known.items()}
     best = min(errors, key=lambda name: errors[name])

@@ -98,6 +98,10 @@ def load_source(
         folder, local = _folder(name, revision)
         config = _read_json(folder / "config.json", name)
         recorded = DEMO if name == DEMO else folder.resolve().name if local else name
+        if local and revision:
+            raise OrthoactError(
+                f"--revision {revision}: {name} is a local folder; revisions are those of Hub repositories"
+            )
         if "architecture" in config and "model_type" not in config:
             where = f"local-dir:{folder}" if local else f"hf-hub:{name}{'@' + revision if revision else ''}"
             source = _timm(recorded, where, folder, revision)
@@ -109,7 +113,10 @@ def load_source(
             )
     if dtype is not None:
         source.model.to(DTYPES[dtype])
-    source.model.to(device).eval()
+    try:
+        source.model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise OrthoactError(f"--device {device!r}: torch cannot use it ({str(error).splitlines()[0]})") from error
     return source
 
 

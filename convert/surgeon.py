@@ -16,7 +16,7 @@ from ..interp.errors import OrthoactError
 from ..interp.fit import DERIVATIVE_WEIGHT, Fit, check_options, fit, fit_to_tolerance
 from .audit import Audit, Left, audit
 from .record import attach, detach, put
-from .sites import Site, survey
+from .sites import Site, recognise, survey
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,10 @@ def inspect_model(model: nn.Module, **choice) -> tuple[list[Site], list[Left]]:
     """The sites that would be converted and everything that would be left; `choice` as in `find_sites`."""
     found = survey(model, **choice)
     seen = audit(model, found)
-    sites = [replace(s, channel=seen.channels.get(s.name)) for s in found if not s.left]
+    if seen.ran:  # an expert may get no token of a short input; anything else that is not called is dead
+        dead = {s.name for s in found if s.name not in seen.calls and "expert" not in s.name}
+        found = [replace(s, left=s.left or "never called in a forward pass") if s.name in dead else s for s in found]
+    sites = [replace(s, channel=seen.channels.get(s.name), width=seen.widths.get(s.name)) for s in found if not s.left]
     return sites, _left(found, seen)
 
 
@@ -137,6 +140,9 @@ def plan(
         unknown = [s.name for s in sites if s.channel is None]
         if unknown:
             raise OrthoactError(f"--groups {groups}: the channel axis of {unknown[0]} is not known; leave --groups out")
+        for s in sites:
+            if s.width and s.width % groups:
+                raise OrthoactError(f"--groups {groups}: expected a divisor of the {s.width} channels of {s.name}")
     return Plan(tuple(sites), tuple(fits[s.key] for s in sites), tuple(left), groups, perf_counter() - start)
 
 
@@ -165,14 +171,18 @@ def convert_(model: nn.Module, plan_: Plan | None = None, **options) -> Conversi
     >>> [row["name"] for row in convert_(net, degree=6).sites]
     ['1']
     """
+    if plan_ is not None and options:
+        raise OrthoactError(f"options {', '.join(options)} beside a plan: give them to plan, which has made its choice")
     made = plan_ or plan(model, **options)
     _refuse_converted(model)
     there = dict(model.named_modules(remove_duplicate=False))
-    strange = [site.name for site in made.sites if site.name not in there]
-    if strange:
-        raise OrthoactError(
-            f"the plan names {strange[0]!r}, which {type(model).__name__} does not have: plan this model"
-        )
+    for site in made.sites:
+        old = recognise(site.name, there[site.name]) if site.name in there else None
+        if old is None or old.target.name != site.target.name:
+            raise OrthoactError(
+                f"the plan names {site.name!r}, a {site.target.name} that {type(model).__name__} does not have: "
+                f"plan this model"
+            )
     activations: dict[str, Activation] = {}
     for site, copy in zip(made.sites, made.fits, strict=True):
         old = model.get_submodule(site.name)

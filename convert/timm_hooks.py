@@ -40,6 +40,10 @@ def orthoact(
         raise OrthoactError(
             "timm model 'orthoact': expected the base and record of a converted checkpoint; give its folder"
         )
+    if kwargs.get("features_only"):
+        raise OrthoactError(
+            "features_only is not available for converted timm models: load it whole, or revert it first"
+        )
     cfg = pretrained_cfg if isinstance(pretrained_cfg, dict) or pretrained_cfg is None else pretrained_cfg.to_dict()
     cfg = None if cfg is None else {**cfg, "architecture": base}
     cache = kwargs.get("cache_dir")

@@ -150,7 +150,7 @@ def fit_to_tolerance(target: str | Target | Callable[[Tensor], Tensor], toleranc
 def check_options(family: str, degree: int, tails: str, derivative_weight: float) -> None:
     """Raise `OrthoactError` for options that no fit can have; cheap, for callers that want to know before they load."""
     degrees = get_family(family).degrees
-    if not isinstance(degree, int) or degree not in degrees:
+    if not isinstance(degree, int | np.integer) or degree not in degrees:
         bounds = f"{degrees[0]} to {degrees[-1]}"
         raise OrthoactError(f"--degree {degree}: expected a whole number from {bounds} for the family {family}")
     if tails not in TAILS:

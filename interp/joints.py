@@ -57,7 +57,7 @@ def search_joints(p: Samples, sides: tuple[Side, Side]) -> tuple[float, float]:
     mass = bend.sum() or 1.0
     centre = float(bend @ middle / mass) if bend.sum() else p.domain.mean
     spread = float(np.sqrt(bend @ (middle - centre) ** 2 / mass)) or p.domain.std
-    symmetric = is_symmetric(p)
+    symmetric = is_symmetric(p) and p.degree > 3  # at low degrees one side may be worth more than the other
     if symmetric:
         centre = 0.0
     least, most = p.ends

@@ -263,6 +263,8 @@ def test_bad_models(make, message, tmp_path):
         (["--task", "cooking"], 1, "--task 'cooking': expected one of"),
         (["--dtype", "int8"], 1, "--dtype 'int8'"),
         (["--groups", "5"], 1, "groups 5: expected a divisor"),
+        (["--device", "toaster"], 1, "--device 'toaster': torch cannot use it"),
+        (["--revision", "main"], 1, "--revision main: demo is a local folder"),
         (["--include", "nothing*"], 1, "nothing to convert"),
         (["--no-such-option"], 2, "No such option"),
     ],

@@ -215,9 +215,35 @@ def test_the_fused_path_of_torch_does_not_run_the_old_activation(act):
 
 def test_a_plan_for_another_model_is_refused():
     made = orthoact.plan(tiny.hf("gpt2"))
-    with pytest.raises(OrthoactError, match=r"names 'transformer\.h\.0\.mlp\.act'.*plan this model"):
+    with pytest.raises(OrthoactError, match=r"names 'transformer\.h\.0\.mlp\.act', a gelu_tanh.*plan this model"):
         orthoact.convert_(tiny.hf("bert-masked"), made)
     model = tiny.hf("gpt2")
     orthoact.convert_(model, made)
     with pytest.raises(OrthoactError, match="converted already"):
         orthoact.convert_(model, made)
+
+
+def test_a_plan_is_for_the_functions_it_saw():
+    made = orthoact.plan(nn.Sequential(nn.Linear(4, 4), nn.GELU()))
+    for other in (nn.Tanh(), nn.Linear(4, 4)):
+        with pytest.raises(OrthoactError, match="plan this model"):
+            orthoact.convert_(nn.Sequential(nn.Linear(4, 4), other), made)
+    with pytest.raises(OrthoactError, match="options degree beside a plan"):
+        orthoact.convert_(nn.Sequential(nn.Linear(4, 4), nn.GELU()), made, degree=4)
+
+
+def test_an_activation_that_never_runs_is_left():
+    import transformers as tf
+
+    config = tf.MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4)
+    sites, left = orthoact.inspect_model(tf.MambaForCausalLM(config).eval())
+    assert not sites and {i.reason for i in left if i.where.endswith("act")} == {"never called in a forward pass"}
+
+
+def test_one_glob_may_be_a_string():
+    assert len(orthoact.find_sites(tiny.hf("gpt2"), exclude="transformer.h.0.*")) == 1
+    assert len(orthoact.find_sites(tiny.hf("gpt2"), include="*.1.mlp.act")) == 1
+
+
+def test_softmin_is_not_elementwise():
+    assert orthoact.find_sites(nn.Sequential(nn.Softmin(-1))) == []
