@@ -19,7 +19,7 @@ class Gaussian:
     """The law of a site's inputs: N(mean, std^2), with a share of a twice as wide one.
 
     The wide part stands for the outliers of pretrained models: with a tenth of it, copies of every real model measured
-    diverge less than with the pure Gaussian, of SiLU models by half (benchmarks/laws.py).
+    diverged less than with the pure Gaussian in sketches; `benchmarks/laws.py` measures it.
 
     >>> x, w = Gaussian(tail=0.0).nodes()
     >>> round(float(w @ x**2), 6)

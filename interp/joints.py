@@ -1,4 +1,4 @@
-"""Where the core ends: the pair of joints of least J."""
+"""Where the core ends: a search for the pair of joints of least J, local at low degrees."""
 
 from __future__ import annotations
 
