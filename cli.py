@@ -114,12 +114,12 @@ def _print_json(value: dict[str, Any]) -> None:
     click.echo(json.dumps(value))
 
 
-def _table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
+def _table(title: str, columns: list[str], rows: list[list[Any]], *, left: bool = False) -> None:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        table.add_column(column, justify="left" if left or i == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row))
     _console().print(table)
@@ -454,26 +454,21 @@ def revert(out, output, overwrite, task, dtype, revision, trust_remote_code, dev
 @main.command()
 @as_json
 def families(as_json):
-    """The families of learnable activations: formula, coefficients, smoothness, reference."""
+    """The families of learnable activations: formula, learnable numbers, smoothness, cost, reference."""
     from .interp.families import FAMILIES
 
+    fields = ("name", "formula", "numbers", "smoothness", "cost", "reference")
     rows = [
-        {
-            "name": f.name,
-            "formula": f.formula,
-            "parameters": f.size(8),
-            "degrees": [f.degrees[0], f.degrees[-1]],
-            "smoothness": f.smoothness,
-            "reference": f.reference,
-        }
+        {key: getattr(f, key) for key in fields} | {"degrees": [f.degrees[0], f.degrees[-1]], "parameters": f.size(8)}
         for f in FAMILIES.values()
     ]
     if as_json:
         _print_json({"families": rows})
         return
-    columns = ["name", "formula", "coefficients at degree 8", "degrees", "smoothness", "reference"]
-    shown = [[*r.values()] for r in rows]
-    _table("families", columns, [[*r[:3], f"{r[3][0]} to {r[3][1]}", *r[4:]] for r in shown])
+    columns = ["name", "formula", "learnable numbers", "degrees", "smoothness", "cost of a value", "reference"]
+    keys = ("name", "formula", "numbers", "degrees", "smoothness", "cost", "reference")
+    shown = [r | {"degrees": "{} to {}".format(*r["degrees"])} for r in rows]
+    _table("families", columns, [[r[key] for key in keys] for r in shown], left=True)
 
 
 @main.command()

@@ -23,7 +23,7 @@ from ..interp.errors import OrthoactError
 from ..interp.fit import fit
 
 SENTINEL = "orthoact"
-FORMAT = 1
+FORMAT = 2
 """Version of the record; a reader refuses a newer one."""
 
 

@@ -4,7 +4,7 @@ from .activation import Activation, original
 from .domains import Gaussian
 from .errors import OrthoactError
 from .families import FAMILIES, get_family
-from .family import Family
+from .family import Family, Linear, Piecewise, Separable
 from .fit import Fit, fit, fit_to_tolerance
 from .targets import ALIASES, TARGETS, Target, get_target
 
@@ -16,7 +16,10 @@ __all__ = [
     "Family",
     "Fit",
     "Gaussian",
+    "Linear",
     "OrthoactError",
+    "Piecewise",
+    "Separable",
     "Target",
     "fit",
     "fit_to_tolerance",

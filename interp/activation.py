@@ -23,7 +23,7 @@ from .errors import OrthoactError
 from .families import get_family
 from .fit import DERIVATIVE_WEIGHT, TAILS, Fit
 
-TENSORS = ("theta", "start", "transform", "end_slopes", "location", "scale", "lo", "hi", "jumps")
+TENSORS = ("theta", "start", "transform", "location", "scale", "lo", "hi", "jumps")
 """Every tensor of an `Activation` in a file; all are needed to evaluate it."""
 
 
@@ -31,8 +31,7 @@ class Activation(nn.Module):
     r"""A learnable activation $F$ with coefficients $a = a_0 + W \theta$.
 
     `theta` (float32, shape (n+1,) or (groups, n+1)) is the parameter, zero at the start; `start` ($a_0$), `transform`
-    ($W$, see `coordinates`), `end_slopes` (basis slopes at the joints), `location`, `scale`, `lo`, `hi` and `jumps` are
-    float32 buffers. They stay float32 under `.half()`, `.bfloat16()` and `.to(dtype)`; the series is evaluated in
+    ($W$, see `coordinates`), `location`, `scale`, `lo`, `hi` and `jumps` are float32 buffers. They stay float32 under `.half()`, `.bfloat16()` and `.to(dtype)`; the series is evaluated in
     float32 or better and the result has the input's dtype. With `groups=G` each of G groups of channels, counted along
     the axis `channel`, has coefficients of its own.
 
@@ -48,7 +47,6 @@ class Activation(nn.Module):
     theta: nn.Parameter
     start: Tensor
     transform: Tensor
-    end_slopes: Tensor
     location: Tensor
     scale: Tensor
     lo: Tensor
@@ -85,7 +83,6 @@ class Activation(nn.Module):
         self.theta = nn.Parameter(torch.zeros(n if groups is None else (groups, n), dtype=torch.float32))
         self.register_buffer("start", torch.zeros(n, dtype=torch.float32))
         self.register_buffer("transform", torch.eye(n, dtype=torch.float32))
-        self.register_buffer("end_slopes", torch.zeros(2, n, dtype=torch.float32))
         for name, value in (("location", 0.0), ("scale", 1.0), ("lo", -1.0), ("hi", 1.0)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32))
         self.register_buffer("jumps", torch.zeros(2, dtype=torch.float32))
@@ -116,14 +113,10 @@ class Activation(nn.Module):
     def load_fit(self, fit: Fit) -> None:
         """Start afresh from `fit`, which has this activation's family, degree and tails."""
         self.domain, self.derivative_weight = fit.domain, fit.derivative_weight
-        ends = torch.tensor([fit.lo, fit.hi], dtype=torch.float64)
-        z = (ends - fit.location) / fit.scale
-        slopes = torch.stack(self.family.slopes(z, self.degree), dim=-1) / fit.scale
         values = {
             "theta": torch.zeros_like(self.theta),
             "start": torch.tensor(fit.coefficients, dtype=torch.float64),
             "transform": torch.from_numpy(transform(fit)),
-            "end_slopes": slopes if self.tails == "linear" else torch.zeros_like(slopes),
             "jumps": torch.tensor(fit.jumps, dtype=torch.float64),
         }
         for name in ("location", "scale", "lo", "hi"):
@@ -133,7 +126,12 @@ class Activation(nn.Module):
         if self.tails == "linear":  # the tails' slopes exact at the start, in spite of rounded coefficients
             at = np.array([fit.lo, fit.hi])
             wanted = torch.from_numpy(fit(at)[1]) + torch.tensor(fit.jumps, dtype=torch.float64)
-            self.jumps.copy_(wanted - (self.start * self.end_slopes).sum(-1).double())
+            slopes = self.core_slopes(list(self.start.unbind(-1)))
+            self.jumps.copy_(wanted - torch.stack(slopes).double())
+
+    def core_slopes(self, a: list[Tensor]) -> list[Tensor]:
+        """The core's slopes at lo and hi."""
+        return [self.family.slope(a, (end - self.location) / self.scale) / self.scale for end in (self.lo, self.hi)]
 
     @property
     def coefficients(self) -> Tensor:
@@ -159,7 +157,8 @@ class Activation(nn.Module):
                 input.dtype
             )
         # in float32 for every input, as where the jumps were made
-        ends = [((a * row).sum(-1) + jump).to(x.dtype) for row, jump in zip(self.end_slopes, self.jumps, strict=True)]
+        slopes = self.core_slopes(list(a.unbind(-1)))
+        ends = [(slope + jump).to(x.dtype) for slope, jump in zip(slopes, self.jumps, strict=True)]
         a = a.to(x.dtype)
         # not clamp, whose slope at a tie is a half: at a joint the slope is that of the core
         inside = torch.where(x < self.lo, self.lo, torch.where(x > self.hi, self.hi, x))

@@ -32,13 +32,14 @@ def transform(fit: Fit) -> np.ndarray:
     x, law = fit.domain.mean + fit.domain.std * z, law / law.sum()
 
     def rows(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        u = (at - fit.location) / fit.scale
-        values, slopes = family.basis(u, fit.degree), family.slopes(u, fit.degree)
+        values, slopes = family.jacobian(list(fit.coefficients), (at - fit.location) / fit.scale)
         return np.stack(values, axis=-1), np.stack(slopes, axis=-1) / fit.scale
 
     core = np.clip(x, fit.lo, fit.hi)
     values, slopes = rows(core)
     values = values + slopes * (x - core)[:, None]
     gram = (law[:, None] * values).T @ values + SLOPE_WEIGHT * (law[:, None] * slopes).T @ slopes
+    idle = np.diag(gram) < 1e-9 * np.diag(gram).max()  # a piece that is nowhere the largest: the step of the liveliest
+    gram[idle, idle] = np.diag(gram).max()
     size, axes = np.linalg.eigh(gram)
     return axes @ np.diag(np.maximum(size, size.max() * 1e-10) ** -0.5) @ axes.T

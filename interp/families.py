@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from .errors import OrthoactError
 from .family import Family
+from .fourier import Fourier, FreeFourier
 from .hermite import Hermite
+from .rational import Rational, SumRational
+from .tropical import Tropical, TropicalRational
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (Hermite(),)}
+FAMILIES: dict[str, Family] = {
+    "hermite": Hermite(),
+    "fourier": Fourier(),
+    "fourier-free": FreeFourier(),
+    "tropical": Tropical(),
+    "tropical-rational": TropicalRational(),
+    "rational": Rational(),
+    "rational-sum": SumRational(),
+}
 """Every family by its name. A new family is one file and one entry here."""
 
 

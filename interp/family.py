@@ -1,26 +1,34 @@
-"""The contract that every family of activations fulfils."""
+"""The contract that every family of activations fulfils, and the three kinds of family that the solver knows."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from typing import Any
 
+import numpy as np
+
 Array = Any  # a numpy array or a torch tensor: the formulas below are written once for both
 
 
 class Family(ABC):
-    r"""A family of functions that is linear in its coefficients: $S(z) = \sum_k c_k \phi_k(z)$.
+    r"""A family of functions $S(z; p)$ of one real variable with learnable numbers $p$.
 
     A family is one object without state. The methods take the standardised variable $z = (x - location) / scale$, a
-    numpy array (fitting, float64) or a torch tensor (evaluation, float32 or better), and return the same kind.
+    numpy array (fitting, float64) or a torch tensor (evaluation, float32 or better), and return the same kind. The
+    numbers p come as a list, each a scalar or an array that broadcasts with z. Derive from one of `Linear`,
+    `Separable` and `Piecewise`, which say how the solver finds p.
     """
 
     name: str
     """The key in `FAMILIES` and in every file."""
     formula: str
     """The series, in plain text."""
+    numbers: str
+    """The learnable numbers at degree n, in plain text, in their order."""
     smoothness: str
     """How often the series can be differentiated."""
+    cost: str
+    """The operations for one value, in plain text."""
     reference: str
     """Where the family comes from."""
     degrees: range
@@ -28,7 +36,27 @@ class Family(ABC):
 
     @abstractmethod
     def size(self, degree: int) -> int:
-        """The number of coefficients at a degree."""
+        """The number of learnable numbers at a degree."""
+
+    @abstractmethod
+    def evaluate(self, parameters: list[Array], z: Array) -> Array:
+        """S at `z`."""
+
+    @abstractmethod
+    def slope(self, parameters: list[Array], z: Array) -> Array:
+        """S' at `z`, the derivative with respect to z."""
+
+    @abstractmethod
+    def jacobian(self, parameters: list[Array], z: Array) -> tuple[list[Array], list[Array]]:
+        """The derivatives of S and of S' at `z` with respect to each learnable number, each with the shape of `z`."""
+
+    def variance_preserving(self, degree: int) -> list[float]:
+        """The numbers of a start for training from scratch, with E[F^2] = E[F'^2] = 1 under N(0, 1)."""
+        raise NotImplementedError
+
+
+class Linear(Family):
+    r"""$S(z) = \sum_k p_k \phi_k(z)$: the numbers are found by least squares, the joints by a search."""
 
     @abstractmethod
     def reach(self, degree: int) -> float:
@@ -42,6 +70,48 @@ class Family(ABC):
     def slopes(self, z: Array, degree: int) -> list[Array]:
         r"""The derivatives $\phi_0'(z), \phi_1'(z), \dots$ with respect to z, each with the shape of `z`."""
 
+    def degree(self, parameters: list[Array]) -> int:
+        """The degree that has so many numbers."""
+        return next(n for n in self.degrees if self.size(n) == len(parameters))
+
+    def evaluate(self, parameters: list[Array], z: Array) -> Array:
+        basis = self.basis(z, self.degree(parameters))
+        return sum((p * b for p, b in zip(parameters, basis, strict=True)), z * 0)
+
+    def slope(self, parameters: list[Array], z: Array) -> Array:
+        slopes = self.slopes(z, self.degree(parameters))
+        return sum((p * b for p, b in zip(parameters, slopes, strict=True)), z * 0)
+
+    def jacobian(self, parameters: list[Array], z: Array) -> tuple[list[Array], list[Array]]:
+        degree = self.degree(parameters)
+        return self.basis(z, degree), self.slopes(z, degree)
+
+
+class Separable(Family):
+    r"""$S(z) = \sum_k p_k \phi_k(z; q)$: linear in all but its last numbers q, the shape.
+
+    The solver eliminates p (variable projection) and improves q and the joints by least squares from `starts`.
+    """
+
     @abstractmethod
-    def evaluate(self, coefficients: list[Array], z: Array) -> Array:
-        """The series at `z`; each coefficient is a scalar or broadcasts with `z`."""
+    def shape(self, degree: int) -> int:
+        """How many numbers are the shape; they come last."""
+
+    @abstractmethod
+    def reach(self, degree: int) -> float:
+        """The |z| to which the core is scaled."""
+
+    @abstractmethod
+    def starts(self, degree: int, z: np.ndarray, w: np.ndarray, f: np.ndarray) -> list[list[float]]:
+        """Shapes to start the search from, for values `f` with weights `w` at `z` in the core; deterministic."""
+
+
+class Piecewise(Family):
+    """A continuous, piecewise straight function with at most `degree` kinks: the solver finds the kinks."""
+
+    convex: bool
+    """Whether the slopes may only grow."""
+
+    @abstractmethod
+    def from_kinks(self, start: tuple[float, float], kinks: np.ndarray, jumps: np.ndarray) -> list[float]:
+        """The numbers of the function with the line `start` (slope, intercept) at -inf and these jumps of its slope."""

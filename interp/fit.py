@@ -21,9 +21,12 @@ from torch import Tensor
 from .domains import Gaussian
 from .errors import OrthoactError
 from .families import get_family
-from .family import Family
-from .joints import Samples, Side, search_joints
-from .targets import Line, Target, get_target
+from .family import Family, Linear, Piecewise, Separable
+from .joints import search_joints
+from .kinks import search_kinks
+from .problem import Problem, Side
+from .projection import ROUNDING, search
+from .targets import Target, get_target
 
 TAILS = ("linear", "none")
 
@@ -44,7 +47,7 @@ class Fit:
     tails: str
     """`linear` (straight tails outside the joints) or `none` (the bare series everywhere)."""
     coefficients: tuple[float, ...]
-    """Coefficients of the core in the family's basis, lowest degree first."""
+    """The learnable numbers of the core, in the order of the family's `numbers`."""
     domain: Gaussian
     """The law of the inputs."""
     derivative_weight: float
@@ -80,7 +83,7 @@ class Fit:
 
     @property
     def parameters(self) -> int:
-        """Number of learnable coefficients."""
+        """Number of learnable numbers."""
         return len(self.coefficients)
 
     def __call__(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -114,9 +117,9 @@ def fit(
     (9, True, True)
     """
     start = perf_counter()
-    problem = _Problem(get_target(target), get_family(family), degree, domain or Gaussian(), tails, derivative_weight)
-    result = problem.solve()
-    return replace(result, seconds=perf_counter() - start)
+    check_options(family, degree, tails, derivative_weight)
+    problem = Problem(get_target(target), get_family(family), degree, domain or Gaussian(), tails, derivative_weight)
+    return replace(_solve(problem), seconds=perf_counter() - start)
 
 
 def fit_to_tolerance(target: str | Target | Callable[[Tensor], Tensor], tolerance: float, **options) -> Fit:
@@ -159,164 +162,119 @@ def check_options(family: str, degree: int, tails: str, derivative_weight: float
         raise OrthoactError(f"--derivative-weight {derivative_weight}: expected a finite number that is not negative")
 
 
-class _Problem:
-    """One fit: the target sampled under the law, what is asked of the joints, and the solution."""
-
-    def __init__(self, target: Target, family: Family, degree: int, domain: Gaussian, tails: str, weight: float):
-        check_options(family.name, degree, tails, weight)
-        domain = replace(domain, tail=0.0) if tails == "none" else domain
-        self.target, self.family, self.degree, self.domain = target, family, degree, domain
-        self.tails, self.weight = tails, weight
-        # a bare polynomial of degree n has its mass out to 2 sqrt(n) standard deviations
-        x, w = domain.nodes(14.0) if tails == "none" else domain.nodes()
-        self.x, self.w = x, np.where(self.smooth(x), w, 0.0)
-        half = (x[1] - x[0]) / 2
-        self.ends = x[0] - half, x[-1] + half
-        far = np.linspace(-20, 20, 401) if tails == "linear" else np.linspace(*self.four_deviations(), 401)
-        far = far[self.smooth(far)]
-        values, slopes = target(np.concatenate([self.x, far]))
-        n = len(self.x)
-        self.f, self.d = values[:n], slopes[:n]
-        self.far = (far, values[n:], slopes[n:])
-        self.location, self.scale = domain.mean, domain.std
-
-    def smooth(self, x: np.ndarray) -> np.ndarray:
-        """Where x is no kink: the slope there is a convention of autograd."""
-        return np.all([np.abs(x - kink) > 1e-9 for kink in self.target.kinks] or [np.isfinite(x)], axis=0)
-
-    def rows(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Basis values and derivatives with respect to x, each (points, coefficients)."""
-        z = (x - self.location) / self.scale
-        values = np.stack(self.family.basis(z, self.degree), axis=-1)
-        return values, np.stack(self.family.slopes(z, self.degree), axis=-1) / self.scale
-
-    def solve(self) -> Fit:
-        if self.tails == "none":
-            return self.finish(-inf, inf, (Side(None), Side(None)), "least squares on the law, no tails")
-        sides, reason = self.choose_sides()
-        samples = Samples(
-            self.target, self.family, self.degree, self.domain, self.weight, self.x, self.w, self.f, self.d, self.ends
-        )
-        lo, hi = search_joints(samples, sides)
-        return self.finish(lo, hi, sides, reason)
-
-    def choose_sides(self) -> tuple[tuple[Side, Side], str]:
-        """Joints sit on the outermost kinks beyond which the target is a straight line: there the copy starts exact."""
-        left, right = Side(self.target.left), Side(self.target.right)
-        if not self.target.kinks:
-            return (left, right), "joints minimise J; the core meets the asymptotes there"
-        first, last = min(self.target.kinks), max(self.target.kinks)
-        if self.is_line(left.line, -inf, first):
-            left = Side(left.line, first)
-        if self.is_line(right.line, last, inf) and (left.kink is None or last > first):
-            right = Side(right.line, last)
-        placed = [side.kink for side in (left, right) if side.kink is not None]
-        if not placed:
-            return (left, right), "joints minimise J; the kink stays inside the core"
-        return (left, right), "joints on the kinks at " + ", ".join(f"{k:g}" for k in placed)
-
-    def is_line(self, line: Line | None, start: float, end: float) -> bool:
-        if line is None:
-            return False
-        x = np.concatenate([self.x, self.far[0]])
-        inside = (x > start) & (x < end)
-        gap = np.concatenate([self.f, self.far[1]]) - (line[0] * x + line[1])
-        return bool(inside.any() and np.abs(gap[inside]).max() < 1e-12 * (1 + np.abs(x[inside]).max()))
-
-    def constraints(self, joint: float, side: Side) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and right-hand sides of the equalities at a joint."""
-        values, slopes = self.rows(np.array([joint]))
-        if side.line is not None:
-            wanted = np.array([side.line[0] * joint + side.line[1], side.line[0]])
-        else:
-            value, slope = self.target(np.array([joint]))
-            wanted = np.array([value[0], slope[0]])
-        rows = np.concatenate([values, slopes])
-        return (rows[:1], wanted[:1]) if side.kink is not None else (rows, wanted)
-
-    def finish(self, lo: float, hi: float, sides: tuple[Side, Side], reason: str) -> Fit:
-        """Solve for the coefficients at given joints and measure the result."""
+def _solve(p: Problem) -> Fit:
+    """The numbers, the joints and the unit of the copy, by the solver of the family's kind."""
+    if p.tails == "none":
+        sides, reason = (Side(None), Side(None)), "least squares on the law, no tails"
+    else:
+        sides, reason = p.choose_sides()
+    family, shape, condition = p.family, [], 1.0
+    if isinstance(family, Piecewise):
+        numbers, lo, hi, location, scale, reason = search_kinks(p)
+    else:
+        lo, hi, location, scale = -inf, inf, p.domain.mean, p.domain.std
+        if isinstance(family, Separable):
+            shape, lo, hi, location, scale = search(p, sides)
+        elif p.tails == "linear":
+            lo, hi = search_joints(p, sides)
         lo, hi = float(np.float32(lo)), float(np.float32(hi))  # the module keeps them so
-        if self.tails == "linear":  # the core spans |z| <= 3, where the basis is well conditioned
-            self.location, self.scale = (
-                float(np.float32(v)) for v in ((lo + hi) / 2, (hi - lo) / 2 / self.family.reach(self.degree))
-            )
-        core = (self.x >= lo) & (self.x <= hi)
-        root = np.sqrt(self.w[core])[:, None]
-        basis, slopes = self.rows(self.x[core])
-        system = np.concatenate([root * basis, np.sqrt(self.weight) * root * slopes])
-        wanted = np.concatenate([root[:, 0] * self.f[core], np.sqrt(self.weight) * root[:, 0] * self.d[core]])
-        particular, free = np.zeros(system.shape[1]), np.eye(system.shape[1])
-        if self.tails == "linear":
-            pairs = [self.constraints(joint, side) for joint, side in zip((lo, hi), sides, strict=True)]
-            equalities, values = (np.concatenate(part) for part in zip(*pairs, strict=True))
-            u, s, vt = np.linalg.svd(equalities)
-            rank = int((s > 1e-10 * s[0]).sum())
-            particular = vt[:rank].T @ ((u[:, :rank].T @ values) / s[:rank])
-            free = vt[rank:].T
-        solution, _, _, singular = np.linalg.lstsq(system @ free, wanted - system @ particular, rcond=None)
-        coefficients = particular + free @ solution
-        coefficients[np.abs(coefficients) < 1e-12 * np.abs(coefficients).max(initial=0)] = 0.0
-        jumps = [0.0, 0.0]
-        for i, (joint, side) in enumerate(zip((lo, hi), sides, strict=True)):
-            if side.kink is not None and side.line is not None:
-                jumps[i] = float(side.line[0] - self.rows(np.array([joint]))[1][0] @ coefficients)
-        left, right = sides
-        holds = (
-            lo if left.line is None else self.target.holds[0],
-            hi if right.line is None else self.target.holds[1],
-        )
-        result = Fit(
-            target=self.target.name,
-            family=self.family.name,
-            degree=self.degree,
-            tails=self.tails,
-            coefficients=tuple(float(c) for c in coefficients),
-            domain=self.domain,
-            derivative_weight=self.weight,
-            location=self.location,
-            scale=self.scale,
-            lo=lo,
-            hi=hi,
-            jumps=(jumps[0], jumps[1]),
-            value_rms=0.0,
-            slope_rms=0.0,
-            value_max=0.0,
-            slope_max=0.0,
-            objective=0.0,
-            condition=float(singular[0] / singular[-1]) if len(singular) and singular[-1] > 0 else 1.0,
-            holds=holds if self.tails == "linear" else self.four_deviations(),
-            reason=reason,
-            seconds=0.0,
-        )
-        return self.measure(result)
+        if isinstance(family, Linear) and p.tails == "linear":  # the core spans what the basis is well conditioned on
+            half = (hi - lo) / 2
+            location, scale = (float(np.float32(v)) for v in ((lo + hi) / 2, half / family.reach(p.degree)))
+        numbers, condition = _least_squares(p, sides, lo, hi, location, scale, shape)
+    jumps = [0.0, 0.0]
+    for i, (joint, side) in enumerate(zip((lo, hi), sides, strict=True)):
+        if side.kink is not None and side.line is not None and not isinstance(family, Piecewise):
+            slope = family.slope(numbers, np.array([(joint - location) / scale])) / scale
+            jumps[i] = float(side.line[0] - slope[0])
+    holds = tuple(
+        joint if line is None else end
+        for line, joint, end in zip((p.target.left, p.target.right), (lo, hi), p.target.holds, strict=True)
+    )
+    result = Fit(
+        target=p.target.name,
+        family=family.name,
+        degree=p.degree,
+        tails=p.tails,
+        coefficients=tuple(numbers),
+        domain=p.domain,
+        derivative_weight=p.weight,
+        location=location,
+        scale=scale,
+        lo=lo,
+        hi=hi,
+        jumps=(jumps[0], jumps[1]),
+        value_rms=0.0,
+        slope_rms=0.0,
+        value_max=0.0,
+        slope_max=0.0,
+        objective=0.0,
+        condition=condition,
+        holds=(holds[0], holds[1]) if p.tails == "linear" else p.four_deviations(),
+        reason=reason,
+        seconds=0.0,
+    )
+    return _measure(p, result)
 
-    def four_deviations(self) -> tuple[float, float]:
-        return self.domain.mean - 4 * self.domain.std, self.domain.mean + 4 * self.domain.std
 
-    def measure(self, result: Fit) -> Fit:
-        value, slope = result(self.x)
-        error, slope_error = value - self.f, np.where(self.smooth(self.x), slope - self.d, 0.0)
-        far_value, far_slope = result(self.far[0])
-        sup, slope_sup = np.abs(far_value - self.far[1]).max(), np.abs(far_slope - self.far[2]).max()
-        if self.tails == "linear":
-            sup, slope_sup = max(sup, np.abs(error).max()), max(slope_sup, np.abs(slope_error).max())
-        square, slope_square = float(self.w @ error**2), float(self.w @ slope_error**2)
-        return replace(
-            result,
-            value_rms=square**0.5,
-            slope_rms=slope_square**0.5,
-            value_max=float(sup),
-            slope_max=float(slope_sup),
-            objective=square + self.weight * slope_square,
-        )
+def _least_squares(
+    p: Problem, sides: tuple[Side, Side], lo: float, hi: float, location: float, scale: float, shape: list[float]
+) -> tuple[list[float], float]:
+    """The linear numbers of least J at given joints and shape, under the equalities; and the condition number."""
+    family, linear = p.family, p.family.size(p.degree) - len(shape)
+
+    def rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        values, slopes = family.jacobian([0.0] * linear + shape, (x - location) / scale)
+        return np.stack(values[:linear], axis=-1), np.stack(slopes[:linear], axis=-1) / scale
+
+    core = (p.x >= lo) & (p.x <= hi)
+    root = np.sqrt(p.w[core])[:, None]
+    basis, slopes = rows(p.x[core])
+    system = np.concatenate([root * basis, np.sqrt(p.weight) * root * slopes, ROUNDING * np.eye(linear)])
+    wanted = np.concatenate([root[:, 0] * p.f[core], np.sqrt(p.weight) * root[:, 0] * p.d[core], np.zeros(linear)])
+    particular, free = np.zeros(linear), np.eye(linear)
+    if p.tails == "linear":
+        equalities, values = [], []
+        for joint, side in zip((lo, hi), sides, strict=True):
+            of_value, of_slope = rows(np.array([joint]))
+            equalities += [of_value[0], of_slope[0]][: 1 if side.kink is not None else 2]
+            values += p.wanted(joint, side)[: 1 if side.kink is not None else 2]
+        u, s, vt = np.linalg.svd(np.array(equalities))
+        rank = int((s > 1e-10 * s[0]).sum())
+        particular = vt[:rank].T @ ((u[:, :rank].T @ np.array(values)) / s[:rank])
+        free = vt[rank:].T
+        missed = np.abs(np.array(equalities) @ particular - values).max()
+        if missed > 1e-6 * (1 + np.abs(values).max()):
+            raise p.cannot_meet()
+    solution, _, _, singular = np.linalg.lstsq(system @ free, wanted - system @ particular, rcond=None)
+    numbers = particular + free @ solution
+    numbers[np.abs(numbers) < 1e-12 * np.abs(numbers).max(initial=0)] = 0.0
+    condition = float(singular[0] / singular[-1]) if len(singular) and singular[-1] > 0 else 1.0
+    return [float(v) for v in numbers] + [float(v) for v in shape], condition
+
+
+def _measure(p: Problem, result: Fit) -> Fit:
+    value, slope = result(p.x)
+    error, slope_error = value - p.f, np.where(p.smooth(p.x), slope - p.d, 0.0)
+    far_value, far_slope = result(p.far[0])
+    sup, slope_sup = np.abs(far_value - p.far[1]).max(), np.abs(far_slope - p.far[2]).max()
+    if p.tails == "linear":
+        sup, slope_sup = max(sup, np.abs(error).max()), max(slope_sup, np.abs(slope_error).max())
+    square, slope_square = float(p.w @ error**2), float(p.w @ slope_error**2)
+    return replace(
+        result,
+        value_rms=square**0.5,
+        slope_rms=slope_square**0.5,
+        value_max=float(sup),
+        slope_max=float(slope_sup),
+        objective=square + p.weight * slope_square,
+    )
 
 
 def _copy(family: Family, fit: Fit, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     def series(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        z = (at - fit.location) / fit.scale
-        slopes = np.stack(family.slopes(z, fit.degree), axis=-1) @ np.array(fit.coefficients)
-        return family.evaluate(list(fit.coefficients), z), slopes / fit.scale
+        z, numbers = (at - fit.location) / fit.scale, list(fit.coefficients)
+        return family.evaluate(numbers, z), family.slope(numbers, z) / fit.scale
 
     clipped = np.clip(x, fit.lo, fit.hi)
     value, slope = series(clipped)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from math import sqrt
 
-from .family import Array, Family
+from .family import Array, Linear
 
 
-class Hermite(Family):
+class Hermite(Linear):
     r"""$S(z) = \sum_{k=0}^n c_k h_k(z)$ with $h_k = He_k / \sqrt{k!}$, the probabilists' Hermite polynomials.
 
     They obey $h_{k+1} = (z h_k - \sqrt{k} h_{k-1}) / \sqrt{k+1}$ and $h_k' = \sqrt{k} h_{k-1}$. The paper
@@ -20,13 +20,18 @@ class Hermite(Family):
     """
 
     name = "hermite"
-    formula = "sum_k c_k He_k(z) / sqrt(k!)"
+    formula = "sum_k c_k He_k(z) / sqrt(k!), k = 0..n"
+    numbers = "n + 1: c_0..c_n"
     smoothness = "polynomial"
-    reference = "arXiv:2502.01247"
+    cost = "2n multiply-adds"
+    reference = "arXiv:2502.01247, section 3"
     degrees = range(1, 25)
 
     def size(self, degree: int) -> int:
         return degree + 1
+
+    def degree(self, parameters: list[Array]) -> int:
+        return len(parameters) - 1
 
     def reach(self, degree: int) -> float:
         # inside the turning point 2 sqrt(n); measured: the least float32 error from degree 2 to 24
@@ -42,11 +47,11 @@ class Hermite(Family):
         values = self.basis(z, degree)
         return [z * 0] + [sqrt(k) * values[k - 1] for k in range(1, degree + 1)]
 
-    def evaluate(self, coefficients: list[Array], z: Array) -> Array:
+    def evaluate(self, parameters: list[Array], z: Array) -> Array:
         # Clenshaw's recurrence: stable where the monomial form loses digits (degree 16 at |z| = 3.5).
-        upper, upper2 = coefficients[-1] + z * 0, None
-        for k in range(len(coefficients) - 2, -1, -1):
-            current = coefficients[k] + z * upper * (1 / sqrt(k + 1))
+        upper, upper2 = parameters[-1] + z * 0, None
+        for k in range(len(parameters) - 2, -1, -1):
+            current = parameters[k] + z * upper * (1 / sqrt(k + 1))
             if upper2 is not None:
                 current = current - upper2 * sqrt((k + 1) / (k + 2))
             upper, upper2 = current, upper

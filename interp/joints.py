@@ -2,62 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from math import inf, isfinite
 
 import numpy as np
 
-from .domains import Gaussian
-from .errors import OrthoactError
-from .family import Family
-from .targets import Line, Target
+from .family import Linear
+from .problem import Problem, Side
+from .targets import Line
 
 
-@dataclass(frozen=True)
-class Side:
-    """What is asked of one joint."""
-
-    line: Line | None
-    """The affine tail to meet; None takes the target's own value and slope at the joint."""
-    kink: float | None = None
-    """The joint sits here, and the tail's slope need not be the core's."""
-
-
-@dataclass(frozen=True)
-class Samples:
-    """A target sampled under a law, and the family and J that will copy it."""
-
-    target: Target
-    family: Family
-    degree: int
-    domain: Gaussian
-    weight: float
-    """Lambda of J."""
-    x: np.ndarray
-    """Nodes of the law, equidistant."""
-    w: np.ndarray
-    """Their weights."""
-    f: np.ndarray
-    """Values of the target."""
-    d: np.ndarray
-    """Slopes of the target."""
-    ends: tuple[float, float]
-    """The interval that the nodes stand for."""
-
-
-def search_joints(p: Samples, sides: tuple[Side, Side]) -> tuple[float, float]:
+def search_joints(p: Problem, sides: tuple[Side, Side]) -> tuple[float, float]:
     """The joints of least J: a scan outwards from the centre of the target's curvature, then a pattern search."""
     fixed = tuple(side.kink for side in sides)
     if fixed[0] is not None and fixed[1] is not None:
         return fixed[0], fixed[1]
     objective = Objective(p, sides)
-    bend = np.abs(np.diff(p.d))
-    middle = (p.x[1:] + p.x[:-1]) / 2
-    mass = bend.sum() or 1.0
-    centre = float(bend @ middle / mass) if bend.sum() else p.domain.mean
-    spread = float(np.sqrt(bend @ (middle - centre) ** 2 / mass)) or p.domain.std
-    symmetric = is_symmetric(p) and p.degree > 3  # at low degrees one side may be worth more than the other
+    centre, spread = p.bend()
+    symmetric = p.is_symmetric() and p.degree > 3  # at low degrees one side may be worth more than the other
     if symmetric:
         centre = 0.0
     least, most = p.ends
@@ -76,10 +38,7 @@ def search_joints(p: Samples, sides: tuple[Side, Side]) -> tuple[float, float]:
         values = objective(*joints(radii))
         value = float(values.min())
         if not isfinite(value):
-            raise OrthoactError(
-                f"--degree {p.degree}: a {p.family.name} core of this degree cannot meet the asymptotes of "
-                f"{p.target.name} at both joints; raise the degree or use --tails none"
-            )
+            raise p.cannot_meet()
         # where the copy is exact to rounding any joint will do: then three standard deviations
         good = values <= value + 1e-14 * (1 + p.w @ p.f**2)
         exact = bool(good.all())
@@ -92,7 +51,7 @@ def search_joints(p: Samples, sides: tuple[Side, Side]) -> tuple[float, float]:
     return lo, hi
 
 
-def pattern_search(p: Samples, objective, lo, hi, fixed, value) -> tuple[float, float]:
+def pattern_search(p: Problem, objective, lo, hi, fixed, value) -> tuple[float, float]:
     """Move both joints apart from each other, by steps of three sizes at once, until the smallest does not help."""
     moves = np.array([(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1) if (a, b) != (0, 0)], dtype=float)
     moves = np.unique(moves * [fixed[0] is None, fixed[1] is None], axis=0)
@@ -112,19 +71,6 @@ def pattern_search(p: Samples, objective, lo, hi, fixed, value) -> tuple[float, 
     return float(lo), float(hi)
 
 
-def is_symmetric(p: Samples) -> bool:
-    """Whether the best joints lie at +-R: a law that is even, and a target that is even or odd but for a line."""
-    if p.domain.mean != 0 or p.target.kinks:
-        return False
-    for sign in (1, -1):
-        part = p.f - sign * p.f[::-1]  # zero, or a line, where the target is symmetric
-        slope = part[-1] / p.x[-1] if sign == 1 else 0.0
-        level = part.mean() if sign == -1 else 0.0
-        if np.abs(part - slope * p.x - level).max() < 1e-9 * (1 + np.abs(p.f).max()):
-            return True
-    return False
-
-
 class Objective:
     """J at many pairs of joints at once.
 
@@ -132,13 +78,15 @@ class Objective:
     are the same for all; a pair changes only weights, targets and the unit of a slope. J is summed from squares.
     """
 
-    def __init__(self, samples: Samples, sides: tuple[Side, Side]):
+    def __init__(self, samples: Problem, sides: tuple[Side, Side]):
         self.samples, self.sides = samples, sides
-        p, self.reach = samples, samples.family.reach(samples.degree)
+        p, family = samples, samples.family
+        assert isinstance(family, Linear)
+        self.reach = family.reach(samples.degree)
         self.t, self.gauss = _legendre()
         z = np.concatenate([self.reach * self.t, [-self.reach, self.reach]])
-        values = np.stack(p.family.basis(z, p.degree), axis=-1)
-        slopes = np.stack(p.family.slopes(z, p.degree), axis=-1)
+        values = np.stack(family.basis(z, p.degree), axis=-1)
+        slopes = np.stack(family.slopes(z, p.degree), axis=-1)
         self.values, self.slopes = values[:-2], slopes[:-2]
         self.squares = np.concatenate(
             [(b[:, :, None] * b[:, None]).reshape(len(b), -1) for b in (self.values, self.slopes)]
@@ -148,7 +96,7 @@ class Objective:
         rank = int((size > 1e-10 * size[0]).sum())
         self.equalities = u, size[:rank], vt[:rank]
         self.free = vt[rank:].T
-        self.step = p.x[1] - p.x[0]
+        self.step = p.step
         self.cells = np.append(p.x - self.step / 2, p.x[-1] + self.step / 2)
         self.tails = [
             None if side.line is None else self.running(side.line, left)

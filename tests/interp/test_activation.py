@@ -80,7 +80,8 @@ def test_equals_the_reference_without_tails():
 def test_moved_activation_equals_the_moved_reference(target):
     act = activation(target, moved=0.1)
     wanted = moved_reference(act, reference(target))(X)[0]
-    np.testing.assert_allclose(act(torch.tensor(X)).detach().numpy(), wanted, rtol=1e-5, atol=2e-5)
+    error = np.abs(act(torch.tensor(X)).detach().numpy() - wanted)
+    assert (error < 1e-5 + 3e-6 * np.abs(X)).all(), f"{error.max():.1e}: a tail's slope is rounded to float32"
     assert np.abs(wanted - reference(target)(X)[0]).max() > 0.01, "it has moved"
 
 

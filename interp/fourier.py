@@ -1,0 +1,122 @@
+"""The Fourier families: trigonometric series with learnable frequencies."""
+
+from __future__ import annotations
+
+from math import pi
+
+import numpy as np
+import torch
+
+from .family import Array, Separable
+
+
+class Fourier(Separable):
+    r"""$S(z) = a_0 + \sum_{k=1}^n a_k \cos k\omega z + b_k \sin k\omega z$ with one learnable frequency $\omega$.
+
+    The paper (arXiv:2502.01247, section 3) has the same series with $a_k / k!$. Between joints it is no periodic copy:
+    with a period longer than the core it converges fast although the target is not periodic (a Fourier extension).
+
+    >>> round(float(Fourier().evaluate([0.5, 2.0, 0.0, 1.0], np.array(pi))), 6)  # 0.5 + 2 cos(pi)
+    -1.5
+    """
+
+    name = "fourier"
+    formula = "a_0 + sum_k a_k cos(k w z) + b_k sin(k w z), k = 1..n"
+    numbers = "2n + 2: a_0, a_1..a_n, b_1..b_n, w"
+    smoothness = "analytic"
+    cost = "1 sine, 1 cosine, 6n multiply-adds"
+    reference = "arXiv:2502.01247, section 3"
+    degrees = range(1, 17)
+
+    def size(self, degree: int) -> int:
+        return 2 * degree + 2
+
+    def shape(self, degree: int) -> int:
+        return 1
+
+    def reach(self, degree: int) -> float:
+        return pi  # w = 1 is periodic on the core
+
+    def starts(self, degree, z, w, f) -> list[list[float]]:
+        return [[frequency] for frequency in (0.75, 0.5)]
+
+    def waves(self, shape: list[Array], z: Array, degree: int) -> tuple[list[Array], list[Array], list[Array]]:
+        """Cosines and sines of each harmonic, and its frequency."""
+        (frequency,) = shape
+        angle = frequency * z
+        lib = torch if torch.is_tensor(angle) else np
+        cosines, sines = [lib.cos(angle)], [lib.sin(angle)]
+        for _ in range(1, degree):  # by rotation: stable where the three-term recurrence is not, near zero
+            c, s = cosines[-1], sines[-1]
+            cosines.append(c * cosines[0] - s * sines[0])
+            sines.append(s * cosines[0] + c * sines[0])
+        return cosines, sines, [k * frequency for k in range(1, degree + 1)]
+
+    def split(self, parameters: list[Array]) -> tuple[Array, list[Array], list[Array], list[Array], int]:
+        degree = next(n for n in self.degrees if self.size(n) == len(parameters))
+        cut = 2 * degree + 1
+        return parameters[0], parameters[1 : degree + 1], parameters[degree + 1 : cut], parameters[cut:], degree
+
+    def evaluate(self, parameters: list[Array], z: Array) -> Array:
+        level, a, b, shape, degree = self.split(parameters)
+        cosines, sines, _ = self.waves(shape, z, degree)
+        return sum((a[k] * cosines[k] + b[k] * sines[k] for k in range(degree)), level + z * 0)
+
+    def slope(self, parameters: list[Array], z: Array) -> Array:
+        _, a, b, shape, degree = self.split(parameters)
+        cosines, sines, frequencies = self.waves(shape, z, degree)
+        return sum((frequencies[k] * (b[k] * cosines[k] - a[k] * sines[k]) for k in range(degree)), z * 0)
+
+    def jacobian(self, parameters: list[Array], z: Array) -> tuple[list[Array], list[Array]]:
+        _, a, b, shape, degree = self.split(parameters)
+        cosines, sines, frequencies = self.waves(shape, z, degree)
+        n = range(degree)
+        turned = [b[k] * cosines[k] - a[k] * sines[k] for k in n]  # d/d(angle) of each harmonic
+        bent = [-a[k] * cosines[k] - b[k] * sines[k] for k in n]
+        by_frequency = [z * turned[k] for k in n]
+        slopes_by_frequency = [turned[k] + frequencies[k] * z * bent[k] for k in n]
+        values = [z * 0 + 1, *cosines, *sines, *self.gather(by_frequency)]
+        slopes = [
+            z * 0,
+            *(-frequencies[k] * sines[k] for k in n),
+            *(frequencies[k] * cosines[k] for k in n),
+            *self.gather(slopes_by_frequency),
+        ]
+        return values, slopes
+
+    def gather(self, by_frequency: list[Array]) -> list[Array]:
+        """Derivatives by the learnable frequencies from those by the frequency of each harmonic."""
+        return [sum((k + 1) * part for k, part in enumerate(by_frequency))]
+
+
+class FreeFourier(Fourier):
+    r"""$S(z) = a_0 + \sum_{k=1}^n a_k \cos \omega_k z + b_k \sin \omega_k z$: each harmonic has a frequency of its own.
+
+    As the paper's code has it (arXiv:2502.01247); the search starts at the best series with one frequency.
+
+    >>> FreeFourier().size(4)
+    13
+    """
+
+    name = "fourier-free"
+    formula = "a_0 + sum_k a_k cos(w_k z) + b_k sin(w_k z), k = 1..n"
+    numbers = "3n + 1: a_0, a_1..a_n, b_1..b_n, w_1..w_n"
+    cost = "n sines, n cosines, 2n multiply-adds"
+    degrees = range(1, 13)
+
+    def size(self, degree: int) -> int:
+        return 3 * degree + 1
+
+    def shape(self, degree: int) -> int:
+        return degree
+
+    def starts(self, degree, z, w, f) -> list[list[float]]:
+        return [[k * frequency for k in range(1, degree + 1)] for frequency in (0.75, 0.5)]
+
+    def waves(self, shape, z, degree):
+        angles = [frequency * z for frequency in shape]
+        lib = torch if torch.is_tensor(angles[0]) else np
+        return [lib.cos(angle) for angle in angles], [lib.sin(angle) for angle in angles], shape
+
+    def gather(self, by_frequency: list[Array]) -> list[Array]:
+        return by_frequency

@@ -1,0 +1,109 @@
+"""One fit as a problem: the target sampled under the law, and what is asked of the copy at its joints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import inf
+
+import numpy as np
+
+from .domains import Gaussian
+from .errors import OrthoactError
+from .family import Family
+from .targets import Line, Target
+
+
+@dataclass(frozen=True)
+class Side:
+    """What is asked of one joint."""
+
+    line: Line | None
+    """The affine tail to meet; None takes the target's own value and slope at the joint."""
+    kink: float | None = None
+    """The joint sits here, and the tail's slope need not be the core's."""
+
+
+class Problem:
+    """A target sampled under a law, and the family, tails and J that will copy it."""
+
+    def __init__(self, target: Target, family: Family, degree: int, domain: Gaussian, tails: str, weight: float):
+        domain = replace(domain, tail=0.0) if tails == "none" else domain
+        self.target, self.family, self.degree, self.domain = target, family, degree, domain
+        self.tails, self.weight = tails, weight
+        # a bare polynomial of degree n has its mass out to 2 sqrt(n) standard deviations
+        x, w = domain.nodes(14.0) if tails == "none" else domain.nodes()
+        self.law = w
+        self.x, self.w = x, np.where(self.smooth(x), w, 0.0)
+        self.step = x[1] - x[0]
+        self.ends = x[0] - self.step / 2, x[-1] + self.step / 2
+        far = np.linspace(-20, 20, 401) if tails == "linear" else np.linspace(*self.four_deviations(), 401)
+        far = far[self.smooth(far)]
+        values, slopes = target(np.concatenate([self.x, far]))
+        n = len(self.x)
+        self.f, self.d = values[:n], slopes[:n]
+        self.far = (far, values[n:], slopes[n:])
+
+    def smooth(self, x: np.ndarray) -> np.ndarray:
+        """Where x is no kink: the slope there is a convention of autograd."""
+        return np.all([np.abs(x - kink) > 1e-9 for kink in self.target.kinks] or [np.isfinite(x)], axis=0)
+
+    def four_deviations(self) -> tuple[float, float]:
+        return self.domain.mean - 4 * self.domain.std, self.domain.mean + 4 * self.domain.std
+
+    def bend(self) -> tuple[float, float]:
+        """Centre and spread of the target's curvature; of the law, where the target is straight."""
+        bend = np.abs(np.diff(self.d))
+        if not bend.sum():
+            return self.domain.mean, self.domain.std
+        middle, mass = (self.x[1:] + self.x[:-1]) / 2, bend.sum()
+        centre = float(bend @ middle / mass)
+        return centre, float(np.sqrt(bend @ (middle - centre) ** 2 / mass)) or self.domain.std
+
+    def is_symmetric(self) -> bool:
+        """Whether the best joints lie at +-R: a law that is even, and a target that is even or odd but for a line."""
+        if self.domain.mean != 0 or self.target.kinks or np.abs(self.w - self.w[::-1]).max() > 1e-9 * self.w.max():
+            return False
+        for sign in (1, -1):
+            part = self.f - sign * self.f[::-1]  # zero, or a line, where the target is symmetric
+            slope = part[-1] / self.x[-1] if sign == 1 else 0.0
+            level = part.mean() if sign == -1 else 0.0
+            if np.abs(part - slope * self.x - level).max() < 1e-9 * (1 + np.abs(self.f).max()):
+                return True
+        return False
+
+    def choose_sides(self) -> tuple[tuple[Side, Side], str]:
+        """Joints sit on the outermost kinks beyond which the target is a straight line: there the copy starts exact."""
+        left, right = Side(self.target.left), Side(self.target.right)
+        if not self.target.kinks:
+            return (left, right), "joints minimise J; the core meets the asymptotes there"
+        first, last = min(self.target.kinks), max(self.target.kinks)
+        if self.is_line(left.line, -inf, first):
+            left = Side(left.line, first)
+        if self.is_line(right.line, last, inf) and (left.kink is None or last > first):
+            right = Side(right.line, last)
+        placed = [side.kink for side in (left, right) if side.kink is not None]
+        if not placed:
+            return (left, right), "joints minimise J; the kink stays inside the core"
+        return (left, right), "joints on the kinks at " + ", ".join(f"{k:g}" for k in placed)
+
+    def is_line(self, line: Line | None, start: float, end: float) -> bool:
+        if line is None:
+            return False
+        x = np.concatenate([self.x, self.far[0]])
+        inside = (x > start) & (x < end)
+        gap = np.concatenate([self.f, self.far[1]]) - (line[0] * x + line[1])
+        return bool(inside.any() and np.abs(gap[inside]).max() < 1e-12 * (1 + np.abs(x[inside]).max()))
+
+    def wanted(self, joint: float, side: Side) -> tuple[float, float]:
+        """Value and slope that the core shall have at a joint."""
+        if side.line is not None:
+            return side.line[0] * joint + side.line[1], side.line[0]
+        value, slope = self.target(np.array([joint]))
+        return float(value[0]), float(slope[0])
+
+    def cannot_meet(self) -> OrthoactError:
+        """What to say where the equalities at the joints cannot be satisfied."""
+        return OrthoactError(
+            f"--degree {self.degree}: a {self.family.name} core of this degree cannot meet the asymptotes of "
+            f"{self.target.name} at both joints; raise the degree or use --tails none"
+        )

@@ -1,0 +1,155 @@
+"""The rational families: quotients of polynomials whose denominator cannot vanish."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.optimize import lsq_linear
+
+from .family import Array, Separable
+
+
+class Rational(Separable):
+    r"""$S(z) = P(z) / (1 + |Q(z)|)$, $P = \sum_{k=0}^n p_k z^k$, $Q = \sum_{j=1}^{n-1} q_j z^j$: Pade (n, n-1).
+
+    The safe denominator of Pade activation units (arXiv:1907.06732) and NoRA (arXiv:2509.13240). Where Q = 0 the slope
+    may jump. Between joints the ends, which are the weakness of these forms, are those of the target.
+
+    >>> Rational().evaluate([1.0, 2.0, 3.0, -0.5], np.array(2.0)).item()  # (1 + 4 + 12) / (1 + 1)
+    8.5
+    """
+
+    name = "rational"
+    formula = "P(z) / (1 + |Q(z)|), P of degree n, Q of degree n - 1 without constant"
+    numbers = "2n: p_0..p_n, q_1..q_(n-1)"
+    smoothness = "smooth but for a kink where Q changes sign"
+    cost = "2n multiply-adds, 1 division"
+    reference = "arXiv:1907.06732, arXiv:2509.13240"
+    degrees = range(2, 13)
+
+    def size(self, degree: int) -> int:
+        return 2 * degree
+
+    def shape(self, degree: int) -> int:
+        return degree - 1
+
+    def reach(self, degree: int) -> float:
+        return 1.0
+
+    def starts(self, degree: int, z: np.ndarray, w: np.ndarray, f: np.ndarray) -> list[list[float]]:
+        every, even = range(1, degree), range(2, degree, 2)
+        return [self.linearised(degree, z, w, f, powers) for powers in ([every, even] if even else [every])]
+
+    bounds = (-np.inf, np.inf)
+
+    def linearised(self, degree: int, z: np.ndarray, w: np.ndarray, f: np.ndarray, powers: range) -> list[float]:
+        """The shape of the least P - f D over D as it was before, four times (Sanathanan and Koerner, 1963)."""
+        side = abs(z) if self.bounds[0] == 0 else z
+        numerator = np.stack([z**k for k in range(degree + 1)], axis=-1)
+        columns = np.stack([side**j for j in powers], axis=-1)
+        system, last = np.concatenate([numerator, -f[:, None] * columns], axis=1), np.ones_like(z)
+        lower = np.r_[np.full(degree + 1, -np.inf), np.full(len(powers), self.bounds[0])]
+        for _ in range(4):
+            root = np.sqrt(w) / last
+            if self.bounds[0] == 0:
+                found = lsq_linear(root[:, None] * system, root * f, (lower, np.inf)).x
+            else:
+                found = np.linalg.lstsq(root[:, None] * system, root * f, rcond=1e-12)[0]
+            last = np.maximum(abs(1 + columns @ found[degree + 1 :]), 1e-2)
+        shape = [0.0] * (degree - 1)
+        for j, q in zip(powers, found[degree + 1 :], strict=True):
+            shape[j - 1] = float(q)
+        return shape
+
+    def split(self, parameters: list[Array]) -> tuple[list[Array], list[Array]]:
+        cut = len(parameters) // 2 + 1
+        return parameters[:cut], parameters[cut:]
+
+    def denominator(self, shape: list[Array], z: Array) -> tuple[Array, Array, list[Array], list[Array]]:
+        """D, D' and the derivatives of both by each number of the shape."""
+        powers = [z * 0 + 1]
+        for _ in shape:
+            powers.append(powers[-1] * z)
+        q = sum((b * power for b, power in zip(shape, powers[1:], strict=True)), z * 0)
+        slope = sum((k * b * power for k, (b, power) in enumerate(zip(shape, powers, strict=False), 1)), z * 0)
+        sign = _sign(q)
+        return (
+            1 + abs(q),
+            sign * slope,
+            [sign * power for power in powers[1:]],
+            [sign * k * power for k, power in enumerate(powers[:-1], 1)],
+        )
+
+    def evaluate(self, parameters: list[Array], z: Array) -> Array:
+        p, q = self.split(parameters)
+        return _horner(p, z) / self.positive(q, z)
+
+    def positive(self, shape: list[Array], z: Array) -> Array:
+        """The denominator."""
+        return 1 + abs(z * _horner(shape, z))
+
+    def slope(self, parameters: list[Array], z: Array) -> Array:
+        p, q = self.split(parameters)
+        d, d_slope, _, _ = self.denominator(q, z)
+        return (_horner(_derivative(p), z) - _horner(p, z) * d_slope / d) / d
+
+    def jacobian(self, parameters: list[Array], z: Array) -> tuple[list[Array], list[Array]]:
+        p, q = self.split(parameters)
+        d, d_slope, d_by, d_slope_by = self.denominator(q, z)
+        value, slope = _horner(p, z), _horner(_derivative(p), z)
+        values, slopes, power, lower = [], [], 1 / d, z * 0
+        for k in range(len(p)):  # z^k / D and its derivative
+            values.append(power)
+            slopes.append(k * lower - power * d_slope / d)
+            power, lower = power * z, power
+        for by, slope_by in zip(d_by, d_slope_by, strict=True):
+            values.append(-value * by / d**2)
+            slopes.append((2 * value * d_slope * by / d - slope * by - value * slope_by) / d**2)
+        return values, slopes
+
+
+class SumRational(Rational):
+    r"""$S(z) = P(z) / (1 + \sum_j |q_j| |z|^j)$: the form of rational_activations' version A and KAT (arXiv:2409.10594).
+
+    >>> SumRational().evaluate([1.0, 2.0, 3.0, -0.5], np.array(-2.0)).item()  # (1 - 4 + 12) / (1 + 1)
+    4.5
+    """
+
+    name = "rational-sum"
+    formula = "P(z) / (1 + sum_j |q_j| |z|^j), P of degree n, j = 1..n - 1"
+    smoothness = "smooth but at z = 0"
+    bounds = (0, np.inf)
+    reference = "arXiv:1907.06732, arXiv:2409.10594"
+
+    def denominator(self, shape, z):
+        size, side = abs(z), _sign(z)
+        powers = [z * 0 + 1]
+        for _ in shape:
+            powers.append(powers[-1] * size)
+        d = sum((abs(b) * power for b, power in zip(shape, powers[1:], strict=True)), powers[0])
+        slope = sum((k * abs(b) * power for k, (b, power) in enumerate(zip(shape, powers, strict=False), 1)), z * 0)
+        return (
+            d,
+            side * slope,
+            [_sign(b) * power for b, power in zip(shape, powers[1:], strict=True)],
+            [_sign(b) * k * side * power for k, (b, power) in enumerate(zip(shape, powers, strict=False), 1)],
+        )
+
+    def positive(self, shape, z):
+        size = abs(z)
+        return 1 + size * _horner([abs(b) for b in shape], size)
+
+
+def _horner(coefficients: list[Array], z: Array) -> Array:
+    value = coefficients[-1] + z * 0
+    for c in reversed(coefficients[:-1]):
+        value = value * z + c
+    return value
+
+
+def _derivative(coefficients: list[Array]) -> list[Array]:
+    return [k * c for k, c in enumerate(coefficients)][1:]
+
+
+def _sign(x: Array) -> Array:
+    """+1 or -1: at zero a side is taken, so that a number that is zero can be learned."""
+    return 2 * (x >= 0) - 1.0
