@@ -31,8 +31,9 @@ class Activation(nn.Module):
     r"""A learnable activation $F$ with coefficients $a = a_0 + W \theta$.
 
     `theta` (float32, shape (n+1,) or (groups, n+1)) is the parameter, zero at the start; `start` ($a_0$), `transform`
-    ($W$, see `coordinates`), `location`, `scale`, `lo`, `hi` and `jumps` are float32 buffers. They stay float32 under `.half()`, `.bfloat16()` and `.to(dtype)`; the series is evaluated in
-    float32 or better and the result has the input's dtype. With `groups=G` each of G groups of channels, counted along
+    ($W$, see `coordinates`), `location`, `scale`, `lo`, `hi` and `jumps` are float32 buffers. They stay float32 under
+    `.half()`, `.bfloat16()` and `.to(dtype)`; the series is evaluated in float32 or better and the result has the
+    input's dtype. With `groups=G` each of G groups of channels, counted along
     the axis `channel`, has coefficients of its own.
 
     >>> from .fit import fit

@@ -1,8 +1,8 @@
-"""The search for a piecewise straight copy: the kinks of least J, everything linear eliminated.
+r"""The search for a piecewise straight copy: the kinks of least J, everything linear eliminated.
 
-With $S(t) = a + b t + \\sum_i c_i (t - k_i)_+$ the products of the basis functions under the law are integrals from a kink
-to infinity of $1, t, t^2, f, t f, f'$, read off tables. J and its gradient by the kinks are therefore exact for both the
-value and the slope, where a sum over nodes would jump whenever a kink passes one.
+With $S(t) = a + b t + \sum_i c_i (t - k_i)_+$ the products of the basis functions under the law are integrals from a
+kink to infinity of $1, t, t^2, f, t f, f'$, read off tables. J and its gradient by the kinks are therefore exact for
+both the value and the slope, where a sum over nodes would jump whenever a kink passes one.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Tables:
         return value, best, u
 
     def spread(self, n: int, power: float, bend: np.ndarray) -> np.ndarray:
-        """n kinks that share the curvature evenly, its density raised to a power."""
+        """Place n kinks that share the curvature evenly, its density raised to a power."""
         share = (self.w[1:] * bend**2) ** power + 1e-12
         total = np.cumsum(share) / share.sum()
         return np.interp((np.arange(n) + 0.5) / n, total, (self.t[1:] + self.t[:-1]) / 2)
@@ -122,12 +122,12 @@ def search_kinks(p: Problem) -> tuple[list[float], float, float, float, float, s
         turn, shift = right[0] - left[0], right[1] - left[1]
         if family.convex and (turn < 0 or (turn == 0 and shift != 0)):
             raise OrthoactError(
-                f"a {family.name} copy is convex and cannot have the asymptotes of {p.target.name}, whose slope goes from "
-                f"{left[0] / tables.std:g} to {right[0] / tables.std:g}: choose tropical-rational"
+                f"a {family.name} copy is convex and cannot have the asymptotes of {p.target.name}, whose slope goes "
+                f"from {left[0] / tables.std:g} to {right[0] / tables.std:g}: choose tropical-rational"
             )
         if p.degree == 1 and turn == 0 and shift != 0:
             raise p.cannot_meet()
-    value, kinks, u = best_kinks(p, tables, p.degree)
+    _, kinks, u = best_kinks(p, tables, p.degree)
     if family.convex and len(kinks) < p.degree:
         reason = f"{len(kinks)} kinks are the best convex copy: the target is not convex"
     kinks, jumps = fill(p.degree, kinks, u[2:], family.convex)

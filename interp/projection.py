@@ -7,7 +7,6 @@ equalities at the joints are rows of a large weight here; `fit` solves them exac
 
 from __future__ import annotations
 
-
 import numpy as np
 from scipy.optimize import least_squares
 
@@ -171,7 +170,7 @@ def improve(projection: Projection, alpha: np.ndarray, tolerance: float) -> tupl
     found = least_squares(
         lambda a: _guarded(projection, a),
         alpha,
-        projection.jacobian,
+        projection.jacobian,  # pyright: ignore[reportArgumentType]
         method="lm",
         ftol=tolerance,
         xtol=tolerance,

@@ -47,6 +47,7 @@ class Rational(Separable):
         numerator = np.stack([z**k for k in range(degree + 1)], axis=-1)
         columns = np.stack([side**j for j in powers], axis=-1)
         system, last = np.concatenate([numerator, -f[:, None] * columns], axis=1), np.ones_like(z)
+        found = np.zeros(system.shape[1])
         lower = np.r_[np.full(degree + 1, -np.inf), np.full(len(powers), self.bounds[0])]
         for _ in range(4):
             root = np.sqrt(w) / last
@@ -108,7 +109,7 @@ class Rational(Separable):
 
 
 class SumRational(Rational):
-    r"""$S(z) = P(z) / (1 + \sum_j |q_j| |z|^j)$: the form of rational_activations' version A and KAT (arXiv:2409.10594).
+    r"""$S(z) = P(z) / (1 + \sum_j |q_j| |z|^j)$: the form of KAT (arXiv:2409.10594).
 
     >>> SumRational().evaluate([1.0, 2.0, 3.0, -0.5], np.array(-2.0)).item()  # (1 - 4 + 12) / (1 + 1)
     4.5
