@@ -168,23 +168,25 @@ def _solve(p: Problem) -> Fit:
         sides, reason = (Side(None), Side(None)), "least squares on the law, no tails"
     else:
         sides, reason = p.choose_sides()
-    family, shape, condition = p.family, [], 1.0
+    family, shape, rounding, condition = p.family, [], ROUNDING, 1.0
     if isinstance(family, Piecewise):
         numbers, lo, hi, location, scale, reason = search_kinks(p)
     else:
         lo, hi, location, scale = -inf, inf, p.domain.mean, p.domain.std
         if isinstance(family, Separable):
-            shape, lo, hi, location, scale = search(p, sides)
+            found = search(p, sides)
+            shape, lo, hi = found.shape, found.lo, found.hi
+            location, scale, rounding = found.location, found.scale, found.rounding
         elif p.tails == "linear":
             lo, hi = search_joints(p, sides)
         lo, hi = float(np.float32(lo)), float(np.float32(hi))  # the module keeps them so
         if isinstance(family, Linear) and p.tails == "linear":  # the core spans what the basis is well conditioned on
             half = (hi - lo) / 2
             location, scale = (float(np.float32(v)) for v in ((lo + hi) / 2, half / family.reach(p.degree)))
-        numbers, condition = _least_squares(p, sides, lo, hi, location, scale, shape)
+        numbers, condition = _least_squares(p, sides, lo, hi, location, scale, shape, rounding)
     jumps = [0.0, 0.0]
     for i, (joint, side) in enumerate(zip((lo, hi), sides, strict=True)):
-        if side.kink is not None and side.line is not None and not isinstance(family, Piecewise):
+        if side.kink and side.line is not None and not isinstance(family, Piecewise):
             slope = family.slope(numbers, np.array([(joint - location) / scale])) / scale
             jumps[i] = float(side.line[0] - slope[0])
     holds = tuple(
@@ -218,7 +220,14 @@ def _solve(p: Problem) -> Fit:
 
 
 def _least_squares(
-    p: Problem, sides: tuple[Side, Side], lo: float, hi: float, location: float, scale: float, shape: list[float]
+    p: Problem,
+    sides: tuple[Side, Side],
+    lo: float,
+    hi: float,
+    location: float,
+    scale: float,
+    shape: list[float],
+    rounding: float,
 ) -> tuple[list[float], float]:
     """The linear numbers of least J at given joints and shape, under the equalities; and the condition number."""
     family, linear = p.family, p.family.size(p.degree) - len(shape)
@@ -230,15 +239,15 @@ def _least_squares(
     core = (p.x >= lo) & (p.x <= hi)
     root = np.sqrt(p.w[core])[:, None]
     basis, slopes = rows(p.x[core])
-    system = np.concatenate([root * basis, np.sqrt(p.weight) * root * slopes, ROUNDING * np.eye(linear)])
+    system = np.concatenate([root * basis, np.sqrt(p.weight) * root * slopes, rounding * np.eye(linear)])
     wanted = np.concatenate([root[:, 0] * p.f[core], np.sqrt(p.weight) * root[:, 0] * p.d[core], np.zeros(linear)])
     particular, free = np.zeros(linear), np.eye(linear)
     if p.tails == "linear":
         equalities, values = [], []
         for joint, side in zip((lo, hi), sides, strict=True):
             of_value, of_slope = rows(np.array([joint]))
-            equalities += [of_value[0], of_slope[0]][: 1 if side.kink is not None else 2]
-            values += p.wanted(joint, side)[: 1 if side.kink is not None else 2]
+            equalities += [of_value[0], of_slope[0]][: side.equalities]
+            values += p.wanted(joint, side)[: side.equalities]
         u, s, vt = np.linalg.svd(np.array(equalities))
         rank = int((s > 1e-10 * s[0]).sum())
         particular = vt[:rank].T @ ((u[:, :rank].T @ np.array(values)) / s[:rank])

@@ -14,7 +14,7 @@ from .targets import Line
 
 def search_joints(p: Problem, sides: tuple[Side, Side]) -> tuple[float, float]:
     """The joints of least J: a scan outwards from the centre of the target's curvature, then a pattern search."""
-    fixed = tuple(side.kink for side in sides)
+    fixed = tuple(side.joint for side in sides)
     if fixed[0] is not None and fixed[1] is not None:
         return fixed[0], fixed[1]
     objective = Objective(p, sides)
@@ -91,7 +91,7 @@ class Objective:
         self.squares = np.concatenate(
             [(b[:, :, None] * b[:, None]).reshape(len(b), -1) for b in (self.values, self.slopes)]
         )
-        rows = [(values[i - 2], slopes[i - 2])[: 1 if side.kink is not None else 2] for i, side in enumerate(sides)]
+        rows = [(values[i - 2], slopes[i - 2])[: side.equalities] for i, side in enumerate(sides)]
         u, size, vt = np.linalg.svd(np.array([row for pair in rows for row in pair]))
         rank = int((size > 1e-10 * size[0]).sum())
         self.equalities = u, size[:rank], vt[:rank]
@@ -131,7 +131,7 @@ class Objective:
                 gap = value[:, None] + slope[:, None] * (p.x - joint[:, None]) - p.f
                 outside = p.x < joint[:, None] if i == 0 else p.x > joint[:, None]
                 tails += (outside * (gap**2 + weight * (slope[:, None] - p.d) ** 2)) @ p.w
-            wanted += [value] if side.kink is not None else [value, slope * unit[:, 0]]
+            wanted += [value, slope * unit[:, 0]][: side.equalities]
         u, size, rows = self.equalities
         target = np.stack(wanted, axis=1)
         inside = target @ u[:, : len(size)]

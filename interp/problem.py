@@ -19,8 +19,15 @@ class Side:
 
     line: Line | None
     """The affine tail to meet; None takes the target's own value and slope at the joint."""
-    kink: float | None = None
-    """The joint sits here, and the tail's slope need not be the core's."""
+    joint: float | None = None
+    """The joint sits here; None leaves it to the search."""
+    kink: bool = False
+    """The joint sits on a kink of the target: the tail's slope need not be the core's."""
+
+    @property
+    def equalities(self) -> int:
+        """How many equalities the core meets at the joint: the value, and the slope unless there is a kink."""
+        return 1 if self.kink else 2
 
 
 class Problem:
@@ -78,10 +85,13 @@ class Problem:
             return (left, right), "joints minimise J; the core meets the asymptotes there"
         first, last = min(self.target.kinks), max(self.target.kinks)
         if self.is_line(left.line, -inf, first):
-            left = Side(left.line, first)
-        if self.is_line(right.line, last, inf) and (left.kink is None or last > first):
-            right = Side(right.line, last)
-        placed = [side.kink for side in (left, right) if side.kink is not None]
+            left = Side(left.line, first, kink=True)
+        if self.is_line(right.line, last, inf) and (not left.kink or last > first):
+            right = Side(right.line, last, kink=True)
+        placed = [side.joint for side in (left, right) if side.joint is not None]
+        # where the core itself is the straight line beyond the only kink, any joint will do: then three deviations
+        if placed == [last] and not right.kink and self.is_line(right.line, last, inf):
+            right = Side(right.line, max(self.domain.mean, last) + 3 * self.domain.std)
         if not placed:
             return (left, right), "joints minimise J; the kink stays inside the core"
         return (left, right), "joints on the kinks at " + ", ".join(f"{k:g}" for k in placed)

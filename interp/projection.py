@@ -1,11 +1,14 @@
 """The search for a separable family: shape and joints by least squares, everything linear eliminated.
 
 Variable projection (Golub and Pereyra, 1973): for each shape and pair of joints the best linear numbers are those of a
-least-squares problem, so that J is a function of shape and joints alone. Its Jacobian is Kaufman's (1975). The
-equalities at the joints are rows of a large weight here; `fit` solves them exactly for the shape and joints found.
+least-squares problem, so that J is a function of shape and joints alone. Its Jacobian is Kaufman's (1975) for the shape
+and exact for the joints. The equalities at the joints are rows of a large weight here; `fit` solves them exactly for
+the shape and joints found.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.optimize import least_squares
@@ -23,7 +26,29 @@ TRIED = 3
 """How many of the starts are improved, the best ones first; one where the shape is a single number."""
 
 ROUGH, FINE = 1e-2, 1e-4
-"""Relative changes of J and of the shape below which the improvement of a start, and of the best of them, ends."""
+"""The relative change of J below which the improvement of a start, and of the best of them, ends."""
+
+
+@dataclass
+class Point:
+    """The problem at one shape and pair of joints."""
+
+    alpha: np.ndarray
+    shape: list[float]
+    joints: list[tuple[float, Side]]
+    core: slice
+    z: np.ndarray
+    """Joints and nodes of the core, standardised."""
+    system: np.ndarray = field(init=False)
+    """Rows of the least-squares problem: equalities, values, slopes, rounding."""
+    q: np.ndarray = field(init=False)
+    r: np.ndarray = field(init=False)
+    numbers: np.ndarray = field(init=False)
+    """The best linear numbers."""
+    inside: np.ndarray = field(init=False)
+    """What the rows miss with them."""
+    tails: list[slice] = field(init=False)
+    residual: np.ndarray = field(init=False)
 
 
 class Projection:
@@ -35,9 +60,9 @@ class Projection:
         self.family = problem.family
         self.shapes = self.family.shape(problem.degree)
         self.linear = self.family.size(problem.degree) - self.shapes
-        self.free = [problem.tails == "linear" and side.kink is None for side in sides]
+        self.free = [problem.tails == "linear" and side.joint is None for side in sides]
         self.root = np.sqrt(problem.w), np.sqrt(problem.weight * problem.w)
-        self.last: tuple | None = None
+        self.rounding, self.last = ROUNDING, None
 
     def unpack(self, alpha: np.ndarray) -> tuple[list[float], float, float]:
         """Shape and joints."""
@@ -45,109 +70,122 @@ class Projection:
             return [*map(float, alpha)], -np.inf, np.inf
         rest, joints = list(alpha[self.shapes :]), []
         for side, free in zip(self.sides, self.free, strict=True):
-            joints.append(rest.pop(0) if free else side.kink)
+            joints.append(rest.pop(0) if free else side.joint)
         return [*map(float, alpha[: self.shapes])], float(joints[0]), float(joints[1])
 
     def pack(self, shape: list[float], lo: float, hi: float) -> np.ndarray:
         return np.array([*shape, *(joint for joint, free in zip((lo, hi), self.free, strict=True) if free)])
 
-    def solve(self, alpha: np.ndarray):
-        """Everything at one point, kept for the Jacobian there: the core's rows, their QR, numbers and residual."""
-        if self.last is not None and np.array_equal(self.last[0], alpha):
-            return self.last[1:]
+    def rows(self, parameters: list[float], z: np.ndarray, columns: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Derivatives of value and slope by some of the numbers, each (points, numbers)."""
+        values, slopes = self.family.jacobian(parameters, z)
+        return np.array(values[columns]).T, np.array(slopes[columns]).T / self.scale
+
+    def weigh(self, point: Point, values: np.ndarray, slopes: np.ndarray) -> np.ndarray:
+        """The rows of the core's system from values and slopes at the joints and at the core's nodes."""
+        n, parts = len(point.joints), []
+        for i, (_, side) in enumerate(point.joints):
+            parts += [EQUALITY * values[i : i + 1], EQUALITY * slopes[i : i + 1]][: side.equalities]
+        root = self.root[0][point.core, None], self.root[1][point.core, None]
+        return np.concatenate(
+            [*parts, root[0] * values[n:], root[1] * slopes[n:], np.zeros((self.linear, values.shape[1]))]
+        )
+
+    def solve(self, alpha: np.ndarray) -> Point:
+        """Everything at one point, kept for the Jacobian there."""
+        if isinstance(self.last, Point) and np.array_equal(self.last.alpha, alpha):
+            return self.last
         p = self.p
         shape, lo, hi = self.unpack(alpha)
+        joints = list(zip((lo, hi), self.sides, strict=True)) if p.tails == "linear" else []
         core = slice(*np.searchsorted(p.x, (lo, hi)))
-        joints = [(joint, side) for joint, side in zip((lo, hi), self.sides, strict=True) if p.tails == "linear"]
-        z = (np.r_[[joint for joint, _ in joints], p.x[core]] - self.location) / self.scale
-        basis, slopes = self.jacobian_rows([0.0] * self.linear + shape, z, slice(0, self.linear))
-        n, value, slope = len(joints), self.root[0][core, None], self.root[1][core, None]
-        rows, wanted = [], []
-        for i, (joint, side) in enumerate(joints):
-            rows += [basis[i], slopes[i]][: 1 if side.kink is not None else 2]
-            wanted += p.wanted(joint, side)[: 1 if side.kink is not None else 2]
-        system = np.concatenate(
-            [
-                EQUALITY * np.reshape(rows, (-1, self.linear)),
-                value * basis[n:],
-                slope * slopes[n:],
-                ROUNDING * np.eye(self.linear),
-            ]
-        )
-        y = np.concatenate(
-            [EQUALITY * np.array(wanted), value[:, 0] * p.f[core], slope[:, 0] * p.d[core], np.zeros(self.linear)]
-        )
-        q, r = np.linalg.qr(system)
-        numbers = np.linalg.solve(r, q.T @ y)
-        residual = np.zeros(2 * len(p.x) + 4 + self.linear)
-        self.scatter(residual, y - system @ numbers, core, len(rows))
-        tails = [np.r_[: core.start], np.r_[core.stop : len(p.x)]]
-        for nodes, (joint, side) in zip(tails, joints, strict=False):
-            level, steep = p.wanted(joint, side)
-            gap = p.f[nodes] - level - steep * (p.x[nodes] - joint)
-            residual[nodes] = self.root[0][nodes] * gap
-            residual[len(p.x) + nodes] = self.root[1][nodes] * (p.d[nodes] - steep)
-        self.last = (alpha.copy(), residual, numbers, q, core, joints, len(rows), tails)
-        return self.last[1:]
+        z = np.concatenate([[joint for joint, _ in joints], p.x[core]])
+        point = Point(alpha.copy(), shape, joints, core, (z - self.location) / self.scale)
+        wanted = np.array([p.wanted(joint, side) for joint, side in joints]).reshape(-1, 2)
+        target = np.concatenate([wanted, np.stack([p.f[core], p.d[core]], axis=-1)])
+        y = self.weigh(point, target[:, :1], target[:, 1:])[:, 0]
+        point.system = self.weigh(point, *self.rows([0.0] * self.linear + shape, point.z, slice(0, self.linear)))
+        point.system[-self.linear :] = self.rounding * np.eye(self.linear)
+        point.q, point.r = np.linalg.qr(point.system)
+        point.numbers = np.linalg.solve(point.r, point.q.T @ y)
+        point.inside = y - point.system @ point.numbers
+        outside = np.zeros((2, len(p.x)))
+        point.tails = [slice(0, core.start), slice(core.stop, len(p.x))]
+        for nodes, (joint, _), (level, steep) in zip(point.tails, joints, wanted, strict=False):
+            outside[0, nodes] = self.root[0][nodes] * (p.f[nodes] - level - steep * (p.x[nodes] - joint))
+            outside[1, nodes] = self.root[1][nodes] * (p.d[nodes] - steep)
+        point.residual = self.spread(point, point.inside, outside)
+        self.last = point
+        return point
 
-    def scatter(self, out: np.ndarray, rows: np.ndarray, core: slice, equalities: int) -> None:
-        """Put rows of the core's system (equalities, values, slopes, rounding) to their places among all nodes."""
-        n, size = len(self.p.x), core.stop - core.start
-        out[core] = rows[equalities : equalities + size]
-        out[n + core.start : n + core.stop] = rows[equalities + size : equalities + 2 * size]
-        out[2 * n : 2 * n + equalities] = rows[:equalities]
-        out[2 * n + 4 :] = rows[equalities + 2 * size :]
-
-    def jacobian_rows(self, parameters, z, columns: slice) -> tuple[np.ndarray, np.ndarray]:
-        values, slopes = self.family.jacobian(parameters, z)
-        return np.stack(values[columns], axis=-1), np.stack(slopes[columns], axis=-1) / self.scale
+    def spread(self, point: Point, rows: np.ndarray, outside: np.ndarray) -> np.ndarray:
+        """Rows of the core's system and of the nodes outside, at the same places for every core."""
+        size = point.core.stop - point.core.start
+        equalities = len(rows) - 2 * size - self.linear
+        outside[:, point.core] = rows[equalities : equalities + 2 * size].reshape(2, size)
+        return np.concatenate([rows[:equalities], rows[equalities + 2 * size :], outside.ravel()])
 
     def residual(self, alpha: np.ndarray) -> np.ndarray:
-        return self.solve(alpha)[0]
+        """The square root of J, split over the nodes."""
+        p = self.p
+        _, lo, hi = self.unpack(alpha)
+        if p.tails == "linear" and not (p.ends[0] <= lo and hi <= p.ends[1] and hi - lo > p.domain.std / 2):
+            return np.full(self.size, 1e3)  # the joints have left the law or each other
+        return self.solve(alpha).residual
+
+    @property
+    def size(self) -> int:
+        equalities = sum(side.equalities for side in self.sides) if self.p.tails == "linear" else 0
+        return equalities + self.linear + 2 * len(self.p.x)
 
     def jacobian(self, alpha: np.ndarray) -> np.ndarray:
-        p = self.p
-        residual, numbers, q, core, joints, equalities, tails = self.solve(alpha)
-        shape, _, _ = self.unpack(alpha)
-        z = (np.r_[[joint for joint, _ in joints], p.x[core]] - self.location) / self.scale
-        parameters = [*numbers, *shape]
-        by, slopes_by = self.jacobian_rows(parameters, z, slice(self.linear, None))
-        n, size = len(joints), core.stop - core.start
-        moved = np.zeros((q.shape[0], len(alpha)))
+        r"""Of the residual: $-P^\perp \dot\Phi c - (\Phi^+)^T \dot\Phi^T r$, the second term for the joints only."""
+        p, point = self.p, self.solve(alpha)
+        parameters, linear = [*point.numbers, *point.shape], slice(0, self.linear)
+        moved = np.zeros((len(point.system), len(alpha)))
+        turned = np.zeros((self.linear, len(alpha)))
+        outside = np.zeros((len(alpha), 2, len(p.x)))
+        moved[:, : self.shapes] = self.weigh(point, *self.rows(parameters, point.z, slice(self.linear, None)))
         row, column = 0, self.shapes
-        out = np.zeros((len(residual), len(alpha)))
-        for i, (joint, side) in enumerate(joints):
-            moved[row, : self.shapes] = EQUALITY * by[i]
-            if side.kink is not None:
-                row += 1
+        for i, (joint, side) in enumerate(point.joints):
+            if side.joint is not None:
+                row += side.equalities
                 continue
-            moved[row + 1, : self.shapes] = EQUALITY * slopes_by[i]
             step = 1e-5 * self.scale  # second derivatives at the joint, by differences of the exact first
             at = joint + np.array([-step, step])
-            core_bend = np.diff(self.family.slope(parameters, (at - self.location) / self.scale) / self.scale)
+            values, slopes = self.rows([0.0] * self.linear + point.shape, (at - self.location) / self.scale, linear)
+            by = EQUALITY * np.diff(values, axis=0)[0] / (2 * step), EQUALITY * np.diff(slopes, axis=0)[0] / (2 * step)
             bend = 0.0 if side.line is not None else float(np.diff(p.target(at)[1])[0]) / (2 * step)
-            moved[row + 1, column] = EQUALITY * (float(core_bend[0]) / (2 * step) - bend)
+            moved[row + 1, column] = by[1] @ point.numbers - EQUALITY * bend
+            turned[:, column] = by[0] * point.inside[row] + by[1] * point.inside[row + 1]
             if side.line is None:  # a tangent of the target turns as the joint moves
-                nodes = tails[i]
-                out[nodes, column] = -self.root[0][nodes] * bend * (p.x[nodes] - joint)
-                out[len(p.x) + nodes, column] = -self.root[1][nodes] * bend
+                nodes = point.tails[i]
+                outside[column, 0, nodes] = -self.root[0][nodes] * bend * (p.x[nodes] - joint)
+                outside[column, 1, nodes] = -self.root[1][nodes] * bend
             row, column = row + 2, column + 1
-        moved[equalities : equalities + size, : self.shapes] = self.root[0][core, None] * by[n:]
-        moved[equalities + size : equalities + 2 * size, : self.shapes] = self.root[1][core, None] * slopes_by[n:]
-        moved = moved - q @ (q.T @ moved)
-        for j in range(len(alpha)):
-            column_out = np.zeros(len(residual))
-            self.scatter(column_out, -moved[:, j], core, equalities)
-            out[:, j] += column_out
-        return out
+        change = point.q @ (point.q.T @ moved - np.linalg.solve(point.r.T, turned)) - moved
+        return np.stack([self.spread(point, change[:, j], outside[j]) for j in range(len(alpha))], axis=-1)
 
     def objective(self, alpha: np.ndarray) -> float:
         residual = self.residual(alpha)
         return float(residual @ residual)
 
 
-def search(p: Problem, sides: tuple[Side, Side]) -> tuple[list[float], float, float, float, float]:
-    """Shape, joints, location and scale of least J: several starts, the best of them improved."""
+@dataclass(frozen=True)
+class Found:
+    """Where J is least."""
+
+    shape: list[float]
+    lo: float
+    hi: float
+    location: float
+    scale: float
+    rounding: float
+    """The weight of the rows that keep the linear numbers small."""
+
+
+def search(p: Problem, sides: tuple[Side, Side]) -> Found:
+    """Shape and joints of least J: from each pair of joints the best start, and the best of these improved."""
     family = p.family
     assert isinstance(family, Separable)
     starts = []
@@ -156,36 +194,32 @@ def search(p: Problem, sides: tuple[Side, Side]) -> tuple[list[float], float, fl
         location, scale = float(np.float32(location)), float(np.float32(half / family.reach(p.degree)))
         projection = Projection(p, sides, location, scale)
         core = (p.x >= location - half) & (p.x <= location + half)
-        for shape in family.starts(p.degree, (p.x[core] - location) / scale, p.w[core], p.f[core]):
-            alpha = projection.pack(shape, lo, hi)
-            starts.append((projection.objective(alpha), len(starts), projection, alpha))
-    tried = min(TRIED, family.shape(p.degree))
-    rough = [improve(of, alpha, ROUGH) for _, _, of, alpha in sorted(starts, key=lambda s: s[:2])[:tried]]
-    _, projection, alpha = improve(*min(rough, key=lambda r: r[0])[1:], FINE)
-    return *projection.unpack(alpha), projection.location, projection.scale
+        shapes = family.starts(p.degree, (p.x[core] - location) / scale, p.w[core], p.f[core])
+        alphas = [projection.pack(shape, lo, hi) for shape in shapes]
+        values = [projection.objective(alpha) for alpha in alphas]
+        best = int(np.argmin(values))
+        starts.append((values[best], projection, alphas[best]))
+    starts = sorted(starts, key=lambda s: s[0])[: min(TRIED, family.shape(p.degree))]
+    value, projection, alpha = min((improve(of, at, ROUGH) for _, of, at in starts), key=lambda r: r[0])
+    # numbers that cancel each other are worth a thousandth of the error, not the rounding of the copy
+    projection.rounding = max(ROUNDING, 1e-3 * value**0.5)
+    _, projection, alpha = improve(projection, alpha, FINE)
+    return Found(*projection.unpack(alpha), projection.location, projection.scale, projection.rounding)
 
 
 def improve(projection: Projection, alpha: np.ndarray, tolerance: float) -> tuple[float, Projection, np.ndarray]:
     """J at the end of Levenberg and Marquardt's way from `alpha`, and where that is."""
+    projection.last = None  # its rounding may have changed
     found = least_squares(
-        lambda a: _guarded(projection, a),
+        projection.residual,
         alpha,
         projection.jacobian,  # pyright: ignore[reportArgumentType]
         method="lm",
         ftol=tolerance,
-        xtol=tolerance,
-        max_nfev=100,
+        xtol=tolerance / 100,
+        max_nfev=60,
     )
     return 2 * found.cost, projection, found.x
-
-
-def _guarded(projection: Projection, alpha: np.ndarray) -> np.ndarray:
-    """The residual; a large one where the joints have left the law or each other."""
-    p = projection.p
-    _, lo, hi = projection.unpack(alpha)
-    if p.tails == "linear" and not (p.ends[0] <= lo and hi <= p.ends[1] and hi - lo > p.domain.std / 2):
-        return np.full(2 * len(p.x) + 4 + projection.linear, 1e3)
-    return projection.residual(alpha)
 
 
 def _joints(p: Problem, sides: tuple[Side, Side]) -> list[tuple[float, float]]:
@@ -195,7 +229,7 @@ def _joints(p: Problem, sides: tuple[Side, Side]) -> list[tuple[float, float]]:
     centre, spread = p.bend()
     if p.is_symmetric():
         centre = 0.0
-    fixed = [side.kink for side in sides]
+    fixed = [side.joint for side in sides]
     if fixed[0] is not None and fixed[1] is not None:
         return [(fixed[0], fixed[1])]
     found = []

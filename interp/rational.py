@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.optimize import lsq_linear
+from scipy.optimize import nnls
 
 from .family import Array, Separable
 
@@ -39,27 +39,28 @@ class Rational(Separable):
         every, even = range(1, degree), range(2, degree, 2)
         return [self.linearised(degree, z, w, f, powers) for powers in ([every, even] if even else [every])]
 
-    bounds = (-np.inf, np.inf)
-
     def linearised(self, degree: int, z: np.ndarray, w: np.ndarray, f: np.ndarray, powers: range) -> list[float]:
         """The shape of the least P - f D over D as it was before, four times (Sanathanan and Koerner, 1963)."""
-        side = abs(z) if self.bounds[0] == 0 else z
         numerator = np.stack([z**k for k in range(degree + 1)], axis=-1)
-        columns = np.stack([side**j for j in powers], axis=-1)
-        system, last = np.concatenate([numerator, -f[:, None] * columns], axis=1), np.ones_like(z)
-        found = np.zeros(system.shape[1])
-        lower = np.r_[np.full(degree + 1, -np.inf), np.full(len(powers), self.bounds[0])]
+        columns = -f[:, None] * np.stack([self.base(z) ** j for j in powers], axis=-1)
+        last, found = np.ones_like(z), np.zeros(len(powers))
         for _ in range(4):
-            root = np.sqrt(w) / last
-            if self.bounds[0] == 0:
-                found = lsq_linear(root[:, None] * system, root * f, (lower, np.inf)).x
-            else:
-                found = np.linalg.lstsq(root[:, None] * system, root * f, rcond=1e-12)[0]
-            last = np.maximum(abs(1 + columns @ found[degree + 1 :]), 1e-2)
+            root = (np.sqrt(w) / last)[:, None]
+            q, _ = np.linalg.qr(root * numerator)
+            system, wanted = root * columns, root[:, 0] * f
+            found = self.least(system - q @ (q.T @ system), wanted - q @ (q.T @ wanted))
+            last = np.maximum(abs(1 + self.base(z)[:, None] ** np.array(powers) @ found), 1e-2)
         shape = [0.0] * (degree - 1)
-        for j, q in zip(powers, found[degree + 1 :], strict=True):
-            shape[j - 1] = float(q)
+        for j, value in zip(powers, found, strict=True):
+            shape[j - 1] = float(value)
         return shape
+
+    def base(self, z: np.ndarray) -> np.ndarray:
+        """What the powers of the denominator are of."""
+        return z
+
+    def least(self, system: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        return np.linalg.lstsq(system, wanted, rcond=1e-12)[0]
 
     def split(self, parameters: list[Array]) -> tuple[list[Array], list[Array]]:
         cut = len(parameters) // 2 + 1
@@ -118,8 +119,17 @@ class SumRational(Rational):
     name = "rational-sum"
     formula = "P(z) / (1 + sum_j |q_j| |z|^j), P of degree n, j = 1..n - 1"
     smoothness = "smooth but at z = 0"
-    bounds = (0, np.inf)
     reference = "arXiv:1907.06732, arXiv:2409.10594"
+
+    def base(self, z):
+        return abs(z)
+
+    def least(self, system, wanted):
+        size = (
+            np.linalg.norm(system, axis=0) + 1e-300
+        )  # the ridge keeps nnls from cycling between columns that are nearly one
+        n = len(size)
+        return nnls(np.concatenate([system / size, 1e-6 * np.eye(n)]), np.append(wanted, np.zeros(n)))[0] / size
 
     def denominator(self, shape, z):
         size, side = abs(z), _sign(z)

@@ -67,9 +67,10 @@ class Tropical(Piecewise):
 class TropicalRational(Piecewise):
     r"""$S(z) = t + s z + \sum_{i=1}^n c_i \max(z - k_i, 0)$, a difference of two tropical polynomials.
 
-    It has n kinks in all. Every difference of two maxima of affine functions is of this form and the other way round: the terms with
-    $c_i > 0$ make the first maximum, those with $c_i < 0$ the second. Written by its kinks each piece is alive, where
-    in a maximum of pieces one that is nowhere the largest gets no gradient; and a kink may change sides in training.
+    It has n kinks in all. Every difference of two maxima of affine functions is of this form and the other way round:
+    the terms with $c_i > 0$ make the first maximum, those with $c_i < 0$ the second. Written by its kinks each piece
+    is alive, where in a maximum of pieces one that is nowhere the largest gets no gradient; and a kink may change
+    sides in training.
 
     >>> TropicalRational().evaluate([0.0, 0.0, 1.0, -1.0, 0.0, 6.0], np.array([-1.0, 3.0, 9.0])).tolist()  # ReLU6
     [0.0, 3.0, 6.0]
