@@ -100,7 +100,7 @@ class Tables:
             back[order] = gradient
             return float(np.log(value + 1e-16)), back / (value + 1e-16)
 
-        found = minimize(logarithm, kinks, jac=True, method="BFGS", options={"maxiter": 200, "gtol": 1e-4})
+        found = minimize(logarithm, kinks, jac=True, method="BFGS", options={"maxiter": 100, "gtol": 1e-3})
         best = np.clip(np.sort(found.x), self.edges[0], self.edges[-1])
         value, u, _ = self.solve(best)
         return value, best, u
@@ -162,7 +162,8 @@ def best_kinks(p: Problem, tables: Tables, n: int) -> tuple[float, np.ndarray, n
     bend = np.abs(np.diff(tables.d)) / tables.step
     if p.family.convex:
         bend = np.maximum(np.diff(tables.d), 0) / tables.step
-    starts = [tables.spread(n, power, bend) for power in (0.2, 1 / 3, 0.12)]
+    powers = (0.2,) if p.family.convex else (0.2, 1 / 3, 0.12)
+    starts = [tables.spread(n, power, bend) for power in powers]
     if p.target.kinks and n > len(p.target.kinks):
         smooth = np.minimum(bend, np.quantile(bend[bend > 0], 0.99)) if (bend > 0).any() else bend
         rest = tables.spread(n - len(p.target.kinks), 0.2, smooth)
@@ -181,10 +182,10 @@ def convex(p: Problem, u: np.ndarray) -> bool:
 
 
 def convexified(p: Problem, tables: Tables, value: float, kinks: np.ndarray, u: np.ndarray):
-    """The same with the kinks that bend down taken out, one after the other, and the others moved anew."""
+    """The same with the kinks that bend down taken out and the others moved anew, until none does."""
     while not convex(p, u) and len(kinks) > 1:
-        kinks = np.delete(kinks, u[2:].argmin())
-        if len(kinks) == 1 and None not in tables.lines:
+        kinks = kinks[u[2:] > 0]
+        if len(kinks) <= 1 and None not in tables.lines:
             return best_kinks(p, tables, 1)
         value, kinks, u = tables.improve(kinks)
     return value, kinks, u

@@ -125,10 +125,8 @@ class SumRational(Rational):
         return abs(z)
 
     def least(self, system, wanted):
-        size = (
-            np.linalg.norm(system, axis=0) + 1e-300
-        )  # the ridge keeps nnls from cycling between columns that are nearly one
-        n = len(size)
+        size, n = np.linalg.norm(system, axis=0) + 1e-300, system.shape[1]
+        # the ridge keeps nnls from cycling among columns that are nearly the same
         return nnls(np.concatenate([system / size, 1e-6 * np.eye(n)]), np.append(wanted, np.zeros(n)))[0] / size
 
     def denominator(self, shape, z):
