@@ -50,7 +50,7 @@ class Tropical(Piecewise):
             above = piece > best
             masks = [mask & ~above for mask in masks] + [above]
             best = _maximum(best, piece)
-        return [mask * 1.0 for mask in masks]
+        return [mask + z * 0 for mask in masks]  # in the dtype of z
 
     def jacobian(self, parameters: list[Array], z: Array) -> tuple[list[Array], list[Array]]:
         on = self.active(parameters, z)
@@ -68,9 +68,9 @@ class TropicalRational(Piecewise):
     r"""$S(z) = t + s z + \sum_{i=1}^n c_i \max(z - k_i, 0)$, a difference of two tropical polynomials.
 
     It has n kinks in all. Every difference of two maxima of affine functions is of this form and the other way round:
-    the terms with $c_i > 0$ make the first maximum, those with $c_i < 0$ the second. Written by its kinks each piece
-    is alive, where in a maximum of pieces one that is nowhere the largest gets no gradient; and a kink may change
-    sides in training.
+    the terms with $c_i > 0$ make the first maximum, those with $c_i < 0$ the second. Written by its kinks each piece is
+    alive, where in a maximum of pieces one that is nowhere the largest gets no gradient; and a kink may change sides in
+    training.
 
     >>> TropicalRational().evaluate([0.0, 0.0, 1.0, -1.0, 0.0, 6.0], np.array([-1.0, 3.0, 9.0])).tolist()  # ReLU6
     [0.0, 3.0, 6.0]
@@ -102,7 +102,7 @@ class TropicalRational(Piecewise):
 
     def jacobian(self, parameters: list[Array], z: Array) -> tuple[list[Array], list[Array]]:
         _, _, terms = self.split(parameters)
-        on = [(z > k) * 1.0 for _, k in terms]
+        on = [(z > k) + z * 0 for _, k in terms]
         values = [z * 0 + 1, z, *((z - k).clip(min=0) for _, k in terms)]
         values += [-c * part for (c, _), part in zip(terms, on, strict=True)]
         # S' steps at a kink: its derivative by the kink is zero almost everywhere

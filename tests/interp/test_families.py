@@ -1,14 +1,21 @@
-"""Laws of every family, and Hermite's against a table written by hand and numpy."""
+"""Laws of every family; Hermite's against a table written by hand and numpy; and what a new family needs."""
 
-from itertools import product
+import json
+from itertools import chain, combinations, product
 from math import factorial, sqrt
 
 import numpy as np
 import pytest
+import tiny_models as tiny
 import torch
+import transformers as tf
+from click.testing import CliRunner
 from numpy.polynomial import hermite_e
 
-from orthoact.interp import FAMILIES, Family, OrthoactError, get_family
+import orthoact
+from orthoact.cli import main
+from orthoact.interp import FAMILIES, Activation, Family, OrthoactError, fit, get_family
+from orthoact.interp.family import Linear, Piecewise, Separable
 
 # He_0 .. He_9, lowest power first
 TABLE = [
@@ -25,22 +32,42 @@ TABLE = [
 ]
 
 
-def cases():
-    """Each family at its lowest, its highest and some degrees between."""
-    for name, family in FAMILIES.items():
-        for degree in sorted({family.degrees[0], 2, 8, 13, family.degrees[-1]} & set(family.degrees)):
-            yield pytest.param(family, degree, id=f"{name}-{degree}")
+def over(kind: type = Family, *more: int):
+    """A parametrisation over the families of a kind, each at its lowest, its highest and some degrees between."""
+    cases = [
+        pytest.param(family, degree, id=f"{name}-{degree}")
+        for name, family in FAMILIES.items()
+        if isinstance(family, kind)
+        for degree in sorted({family.degrees[0], 2, 5, 8, 13, family.degrees[-1], *more} & set(family.degrees))
+    ]
+    return pytest.mark.parametrize(("family", "degree"), cases)
 
 
-def core(family: Family, degree: int, points: int = 61) -> np.ndarray:
-    return np.linspace(-1, 1, points) * family.reach(degree)
+def core(family: Family, degree: int, points: int = 60) -> np.ndarray:
+    """Points of the core; an even number of them, for some families have a kink at zero."""
+    reach = 3.0 if isinstance(family, Piecewise) else family.reach(degree)  # pyright: ignore[reportAttributeAccessIssue]
+    return np.linspace(-1, 1, points) * reach
 
 
-def coefficients(family: Family, degree: int) -> np.ndarray:
-    return np.random.default_rng(degree).normal(size=family.size(degree))
+def numbers(family: Family, degree: int, *shape: int) -> np.ndarray:
+    """Learnable numbers as training could leave them: random; shape (size, *shape)."""
+    return np.random.default_rng(degree).normal(size=(family.size(degree), *shape))
 
 
-each = pytest.mark.parametrize(("family", "degree"), list(cases()))
+def tensors(values: np.ndarray) -> list[torch.Tensor]:
+    return list(torch.from_numpy(values))
+
+
+def smooth(family: Family, p: list, z: np.ndarray, distance: float = 1e-3) -> np.ndarray:
+    """The points of z within whose distance neither S' nor its own slope jumps."""
+    h = distance
+    at = np.stack([family.slope(p, z + step) for step in (-h, -h / 2, 0, h / 2, h)])
+    bend = np.abs(np.diff(at, 2, axis=0)).max(axis=0)  # of order h where S' jumps in the derivative, 1 where it jumps
+    return bend < 20 * h**1.5 * (1 + np.abs(at).max())
+
+
+def close(got, wanted, bound, message: str = ""):
+    np.testing.assert_allclose(np.asarray(got), np.asarray(wanted), rtol=0, atol=bound, err_msg=message)
 
 
 # -- every family ------------------------------------------------------------------------------------------------------
@@ -50,9 +77,10 @@ each = pytest.mark.parametrize(("family", "degree"), list(cases()))
 def test_registry(name):
     family = get_family(name)
     assert family is FAMILIES[name] and family.name == name
-    for field in ("formula", "smoothness", "reference"):
-        assert getattr(family, field), f"{name}: {field} is empty"
+    for field in ("formula", "numbers", "smoothness", "cost", "reference"):
+        assert isinstance(getattr(family, field), str) and getattr(family, field), f"{name}: {field} is empty"
     assert len(family.degrees) > 1 and family.degrees[0] >= 1
+    assert isinstance(family, Linear | Separable | Piecewise), "of a kind that the solver knows"
 
 
 @pytest.mark.parametrize("name", ["chebyshev", "", "Hermite", "hermit"])
@@ -63,82 +91,224 @@ def test_unknown_family_lists_the_known(name):
     assert all(known in str(error.value) for known in FAMILIES)
 
 
-@each
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_stated_count_of_numbers_is_their_size(name):
+    """`numbers` begins with a formula of n, as in 2n + 2."""
+    family = FAMILIES[name]
+    count, _, listed = family.numbers.partition(":")
+    assert listed.strip()
+    for n in family.degrees:
+        assert family.size(n) == eval(count.replace("n", "*n").lstrip("*"), {"n": n})
+    assert [family.size(n) for n in family.degrees] == sorted({family.size(n) for n in family.degrees}), "it grows"
+
+
+@over()
 def test_size_and_shape(family, degree):
     size = family.size(degree)
-    for z in (np.zeros(()), np.zeros((2, 3)), torch.zeros(2, 3), torch.zeros(0)):
-        for part in (family.basis(z, degree), family.slopes(z, degree)):
-            assert len(part) == size
-            assert {tuple(v.shape) for v in part} == {tuple(z.shape)}
-            assert {type(v) for v in part} <= {type(z), np.float64}, "numpy in, numpy out; torch in, torch out"
+    for z in (np.zeros(()), np.ones((2, 3)), torch.zeros(2, 3), torch.zeros(0), torch.zeros(())):
+        p = numbers(family, degree)
+        p = list(torch.from_numpy(p).to(z.dtype)) if torch.is_tensor(z) else list(p)
+        values, slopes = family.jacobian(p, z)
+        assert len(values) == len(slopes) == size
+        for part in (*values, *slopes, family.evaluate(p, z), family.slope(p, z)):
+            assert tuple(part.shape) == tuple(z.shape)
+            assert isinstance(part, type(z) | np.float64), "numpy in, numpy out; torch in, torch out"
+            assert part.dtype == z.dtype
 
 
-@each
-def test_reach_grows(family, degree):
-    assert family.reach(degree) > 0
-    if degree + 1 in family.degrees:
-        assert family.reach(degree + 1) >= family.reach(degree)
-
-
-@each
+@over()
 def test_numpy_and_torch_agree(family, degree):
-    z = core(family, degree)
-    for method in (family.basis, family.slopes):
-        ours, theirs = method(z, degree), method(torch.from_numpy(z), degree)
-        for k, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            assert b.dtype == torch.float64
-            np.testing.assert_allclose(b.numpy(), a, rtol=1e-12, atol=1e-12, err_msg=f"{method.__name__}, k={k}")
+    z, p = core(family, degree), numbers(family, degree)
+    ours, theirs = (list(p), z), (tensors(p), torch.from_numpy(z))
+    for method in (family.evaluate, family.slope):
+        wanted, got = method(*ours), method(*theirs)
+        assert got.dtype == torch.float64
+        close(got, wanted, 1e-12 * (1 + np.abs(wanted).max()), method.__name__)
+    for wanted, got in zip(chain(*family.jacobian(*ours)), chain(*family.jacobian(*theirs)), strict=True):
+        close(got, wanted, 1e-12 * (1 + np.abs(wanted).max()))
 
 
-@each
-def test_slopes_are_the_derivatives_by_autograd(family, degree):
-    z = torch.from_numpy(core(family, degree)).requires_grad_()
-    for k, (value, slope) in enumerate(zip(family.basis(z, degree), family.slopes(z, degree), strict=True)):
-        (wanted,) = torch.autograd.grad(value.sum(), z, retain_graph=True)
-        scale = 1 + wanted.abs().max()
-        torch.testing.assert_close(slope / scale, wanted / scale, rtol=0, atol=1e-12, msg=lambda m, k=k: f"k={k}: {m}")
+@over()
+def test_slope_is_the_derivative_by_autograd(family, degree):
+    z, p = torch.from_numpy(core(family, degree)).requires_grad_(), tensors(numbers(family, degree))
+    (wanted,) = torch.autograd.grad(family.evaluate(p, z).sum(), z)
+    close(family.slope(p, z.detach()), wanted, 1e-11 * (1 + wanted.abs().max()))
 
 
-@each
-def test_slopes_are_the_derivatives_by_differences(family, degree):
-    z, h = core(family, degree), 1e-5
-    ahead, behind, slopes = family.basis(z + h, degree), family.basis(z - h, degree), family.slopes(z, degree)
-    for k, (a, b, slope) in enumerate(zip(ahead, behind, slopes, strict=True)):
-        scale = 1 + np.abs(slope).max()
-        np.testing.assert_allclose(slope / scale, (a - b) / (2 * h) / scale, atol=1e-6, err_msg=f"k={k}")
+@over()
+def test_slope_is_the_derivative_by_differences(family, degree):
+    p, h = list(numbers(family, degree)), 1e-6
+    z = core(family, degree, 400)
+    z = z[smooth(family, p, z)]
+    assert len(z) > 100
+    wanted = (family.evaluate(p, z + h) - family.evaluate(p, z - h)) / (2 * h)
+    close(family.slope(p, z), wanted, 1e-6 * (1 + np.abs(wanted).max()))
 
 
-@each
+@over()
+def test_jacobian_is_the_derivative_by_each_number(family, degree):
+    """By autograd of `evaluate` and of `slope`; random numbers put no point on a kink."""
+    z = torch.from_numpy(core(family, degree, 24))
+    p = [number.requires_grad_() for number in tensors(numbers(family, degree, 1).repeat(24, axis=1))]
+    for method, parts in zip((family.evaluate, family.slope), family.jacobian(p, z), strict=True):
+        wanted = torch.autograd.grad(method(p, z).sum(), p, materialize_grads=True, allow_unused=True)
+        for k, (part, by) in enumerate(zip(parts, wanted, strict=True)):
+            close(part.detach(), by, 1e-10 * (1 + by.abs().max()), f"{method.__name__} by number {k}")
+
+
+@over(Family, 4)
+def test_float32_is_float64_rounded(family, degree):
+    """The error is of the size of rounding the numbers and the point."""
+    p, z = numbers(family, degree).astype(np.float32), core(family, degree, 200).astype(np.float32)
+    exact, at = list(p.astype(np.float64)), z.astype(np.float64)
+    keep = smooth(family, exact, at)
+    for method, parts in zip((family.evaluate, family.slope), family.jacobian(exact, at), strict=True):
+        wanted, bend = method(exact, at), np.abs(method(exact, at + 1e-6) - method(exact, at - 1e-6)) / 2e-6
+        terms = sum(np.abs(number * part) for number, part in zip(exact, parts, strict=True))
+        for kind in ("numpy", "torch"):
+            got = method(list(p), z) if kind == "numpy" else method(tensors(p), torch.from_numpy(z))
+            assert str(got.dtype).endswith("float32"), kind
+            error = np.abs(np.asarray(got, dtype=np.float64) - wanted) / (terms + np.abs(at) * bend + 1e-3)
+            assert error[keep].max() < 1e-5, f"{kind}, {method.__name__}: {error[keep].max():.1e} of its terms"
+
+
+@over()
+def test_numbers_broadcast(family, degree):
+    """Groups: each channel with numbers of its own, for values, slopes and their derivatives; and one point for all."""
+    z, p = torch.from_numpy(core(family, degree, 8)).reshape(4, 2), torch.from_numpy(numbers(family, degree, 2))
+    wanted = [(list(p[:, i]), z[:, i]) for i in range(2)]
+    for method in (family.evaluate, family.slope):
+        torch.testing.assert_close(method(list(p), z), torch.stack([method(*each) for each in wanted], dim=1))
+        at = z[1, 0]
+        torch.testing.assert_close(method(list(p), at), torch.stack([method(list(p[:, i]), at) for i in range(2)]))
+    got = chain(*family.jacobian(list(p), z))
+    for a, b, both in zip(*(chain(*family.jacobian(*each)) for each in wanted), got, strict=True):
+        torch.testing.assert_close(both, torch.stack([a, b], dim=1))
+
+
+# -- the kinds ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not isinstance(family, Piecewise)])
+def test_reach_does_not_shrink(name):
+    family = FAMILIES[name]
+    reaches = [family.reach(degree) for degree in family.degrees]  # pyright: ignore[reportAttributeAccessIssue]
+    assert reaches[0] > 0 and reaches == sorted(reaches)
+
+
+@over(Linear)
 @pytest.mark.parametrize(("kind", "dtype"), list(product(["numpy", "torch"], ["float64", "float32"])))
 def test_evaluate_is_basis_times_coefficients(family, degree, kind, dtype):
-    z, c = core(family, degree).astype(dtype), coefficients(family, degree).astype(dtype)
+    z, c = core(family, degree).astype(dtype), numbers(family, degree).astype(dtype)
     basis = np.stack(family.basis(z.astype(np.float64), degree), axis=-1)
     wanted, size = basis @ c.astype(np.float64), np.abs(basis) @ np.abs(c)
-    got = (
-        family.evaluate(list(c), z)
-        if kind == "numpy"
-        else family.evaluate(list(torch.from_numpy(c)), torch.from_numpy(z))
-    )
+    got = family.evaluate(list(c), z) if kind == "numpy" else family.evaluate(tensors(c), torch.from_numpy(z))
     assert str(got.dtype).removeprefix("torch.") == dtype
     error = np.abs(np.asarray(got) - wanted) / size
     assert error.max() < {"float64": 1e-13, "float32": 1e-5}[dtype], f"relative to the terms: {error.max():.1e}"
 
 
-@each
-def test_evaluate_gives_the_basis_for_unit_coefficients(family, degree):
+@over(Linear)
+def test_unit_coefficients_give_the_basis(family, degree):
     z = core(family, degree)
-    for k, value in enumerate(family.basis(z, degree)):
+    for k, (value, slope) in enumerate(zip(family.basis(z, degree), family.slopes(z, degree), strict=True)):
         unit = [float(i == k) for i in range(family.size(degree))]
-        scale = 1 + np.abs(value).max()
-        np.testing.assert_allclose(family.evaluate(unit, z) / scale, value / scale, atol=1e-12, err_msg=f"k={k}")
+        close(family.evaluate(unit, z), value, 1e-12 * (1 + np.abs(value).max()), f"k={k}")
+        close(family.slope(unit, z), slope, 1e-12 * (1 + np.abs(slope).max()), f"slope, k={k}")
 
 
-@each
-def test_evaluate_broadcasts_coefficients(family, degree):
-    z = torch.from_numpy(core(family, degree, 8)).reshape(4, 2)
-    c = torch.randn(family.size(degree), 2, dtype=torch.float64)
-    wanted = torch.stack([family.evaluate(list(c[:, i]), z[:, i]) for i in range(2)], dim=1)
-    torch.testing.assert_close(family.evaluate(list(c), z), wanted)
+@over(Separable)
+def test_linear_in_all_but_the_shape(family, degree):
+    """S = sum_k p_k dS/dp_k over the numbers that are not the shape, and those derivatives do not depend on p."""
+    z, p = core(family, degree), numbers(family, degree)
+    linear = family.size(degree) - family.shape(degree)
+    assert 0 < linear < family.size(degree)
+    for method, parts, bare in zip(
+        (family.evaluate, family.slope),
+        family.jacobian(list(p), z),
+        family.jacobian([0.0] * linear + list(p[linear:]), z),
+        strict=True,
+    ):
+        wanted = method(list(p), z)
+        close(np.tensordot(p[:linear], np.array(parts[:linear]), 1), wanted, 1e-11 * (1 + np.abs(wanted).max()))
+        for part, other in zip(parts[:linear], bare[:linear], strict=True):
+            np.testing.assert_array_equal(part, other)
+
+
+@over(Separable)
+def test_starts_are_shapes_and_always_the_same(family, degree):
+    z = core(family, degree, 200)
+    w, f = np.exp(-(z**2)) / np.exp(-(z**2)).sum(), np.tanh(2 * z)
+    starts = family.starts(degree, z, w, f)
+    assert starts and all(len(shape) == family.shape(degree) and np.isfinite(shape).all() for shape in starts)
+    assert starts == family.starts(degree, z, w, f)
+
+
+def lines(start, kinks, jumps) -> list[tuple[float, float]]:
+    """(slope, intercept) of each piece of start + sum_i jump_i max(z - kink_i, 0), from left to right."""
+    found = [tuple(start)]
+    for kink, jump in sorted(zip(kinks, jumps, strict=True)):
+        slope, intercept = found[-1]
+        found.append((slope + jump, intercept - jump * kink))
+    return found
+
+
+def highest(pieces, z: np.ndarray) -> np.ndarray:
+    return np.max([slope * z + intercept for slope, intercept in pieces], axis=0)
+
+
+@over(Piecewise)
+@pytest.mark.parametrize("seed", range(3))
+def test_from_kinks_gives_the_function(family, degree, seed):
+    random = np.random.default_rng([degree, seed])
+    start, kinks, jumps = random.normal(size=2), np.sort(random.normal(size=degree)), random.normal(size=degree)
+    jumps = np.abs(jumps) if family.convex else jumps
+    p = family.from_kinks(tuple(start), kinks, jumps)
+    assert len(p) == family.size(degree)
+    z = np.linspace(-9, 9, 1000)
+    wanted = start[0] * z + start[1] + np.maximum(z[:, None] - kinks, 0) @ jumps
+    close(family.evaluate(p, z), wanted, 1e-11 * (1 + np.abs(wanted).max()))
+    close(family.slope(p, z), start[0] + (z[:, None] > kinks) @ jumps, 1e-11 * (1 + np.abs(jumps).sum()))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@over(Piecewise)
+def test_convex_whatever_its_numbers(family, degree, seed):
+    z = np.linspace(-8, 8, 801)
+    p = np.random.default_rng([degree, seed]).normal(size=family.size(degree))
+    bend = np.diff(family.evaluate(list(p), z), 2)
+    if family.convex:
+        assert bend.min() > -1e-12
+    elif degree > 5:
+        assert bend.min() < -1e-3 and bend.max() > 1e-3, "the others bend both ways"
+
+
+@over(Piecewise)
+def test_tropical_rational_is_a_difference_of_two_maxima(family, degree):
+    if family.convex:
+        pytest.skip("one maximum")
+    z, p = np.linspace(-6, 6, 500), numbers(family, degree)
+    level, slope, c, k = p[0], p[1], p[2 : degree + 2], p[degree + 2 :]
+    up, down = c > 0, c < 0
+    wanted = highest(lines((slope, level), k[up], c[up]), z) - highest(lines((0.0, 0.0), k[down], -c[down]), z)
+    close(family.evaluate(list(p), z), wanted, 1e-11 * (1 + np.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_difference_of_two_maxima_is_tropical_rational(seed):
+    """The other way round, with the corners of two random maxima of affine pieces."""
+    random, z = np.random.default_rng(seed), np.linspace(-40, 40, 4001)
+    kinks, jumps, start = [], [], np.zeros(2)
+    pieces = [random.normal(size=(n, 2)) for n in (4, 5)]
+    for sign, of in zip((1, -1), pieces, strict=True):
+        start += sign * of[of[:, 0].argmin()]
+        for one, other in combinations(of, 2):
+            at = (other[1] - one[1]) / (one[0] - other[0])
+            if highest(of, np.array([at]))[0] <= one @ [at, 1] + 1e-12:  # the two cross on the maximum
+                kinks, jumps = [*kinks, at], [*jumps, sign * abs(one[0] - other[0])]
+    p = FAMILIES["tropical-rational"].from_kinks(tuple(start), np.array(kinks), np.array(jumps))  # pyright: ignore
+    wanted = highest(pieces[0], z) - highest(pieces[1], z)
+    close(FAMILIES["tropical-rational"].evaluate(p, z), wanted, 1e-10 * (1 + np.abs(wanted).max()))
 
 
 # -- Hermite -----------------------------------------------------------------------------------------------------------
@@ -172,6 +342,158 @@ def test_hermite_is_orthonormal_under_the_standard_normal_law():
     np.testing.assert_allclose(gram, np.eye(degree + 1), atol=1e-10)
 
 
-@pytest.mark.parametrize("degree", [1, 8, 24])
-def test_hermite_has_one_coefficient_more_than_its_degree(degree):
-    assert FAMILIES["hermite"].size(degree) == degree + 1
+# -- the others, against their formulas --------------------------------------------------------------------------------
+
+
+@over(Separable)
+def test_separable_equals_its_formula(family, degree):
+    """The value by the formula that the registry prints, written the long way."""
+    z, p = core(family, degree), numbers(family, degree)
+    n = degree
+    if family.name.startswith("fourier"):
+        w = p[-1] * np.arange(1, n + 1) if family.name == "fourier" else p[2 * n + 1 :]
+        wanted = p[0] + sum(p[k] * np.cos(w[k - 1] * z) + p[n + k] * np.sin(w[k - 1] * z) for k in range(1, n + 1))
+    else:
+        q = p[n + 1 :]
+        above = sum(p[k] * z**k for k in range(n + 1))
+        if family.name == "rational":
+            wanted = above / (1 + abs(sum(q[j - 1] * z**j for j in range(1, n))))
+        else:
+            wanted = above / (1 + sum(abs(q[j - 1]) * abs(z) ** j for j in range(1, n)))
+    close(family.evaluate(list(p), z), wanted, 1e-11 * (1 + np.abs(wanted).max()))
+
+
+@over(Piecewise)
+def test_piecewise_equals_its_formula(family, degree):
+    z, p = core(family, degree), numbers(family, degree)
+    if family.convex:
+        offsets, slopes = p[: degree + 1], p[degree + 1 :]
+        wanted = np.max(slopes[:, None] * z + offsets[:, None], axis=0)
+    else:
+        wanted = p[0] + p[1] * z + sum(p[2 + i] * np.maximum(z - p[degree + 2 + i], 0) for i in range(degree))
+    close(family.evaluate(list(p), z), wanted, 1e-12 * (1 + np.abs(wanted).max()))
+
+
+# -- a new family ------------------------------------------------------------------------------------------------------
+
+
+class Chebyshev(Linear):
+    """Polynomials in another basis: its copies must be Hermite's."""
+
+    name = "chebyshev"
+    formula, numbers = "sum_k c_k T_k(z), k = 0..n", "n + 1: c_0..c_n"
+    smoothness, cost, reference = "polynomial", "2n multiply-adds", "a textbook"
+    degrees = range(1, 17)
+
+    def size(self, degree):
+        return degree + 1
+
+    def reach(self, degree):
+        return 1.0
+
+    def basis(self, z, degree):
+        values = [z * 0 + 1, z]
+        for _ in range(1, degree):
+            values.append(2 * z * values[-1] - values[-2])
+        return values[: degree + 1]
+
+    def slopes(self, z, degree):
+        second = [z * 0 + 1, 2 * z]  # T_k' = k U_(k-1)
+        for _ in range(1, degree):
+            second.append(2 * z * second[-1] - second[-2])
+        return [z * 0] + [k * second[k - 1] for k in range(1, degree + 1)]
+
+
+class Bumps(Separable):
+    """A line and Gaussian bumps with learnable centres."""
+
+    name = "bumps"
+    formula, numbers = "a + b z + sum_k c_k exp(-(z - q_k)^2), k = 1..n", "2n + 2: a, b, c_1..c_n, q_1..q_n"
+    smoothness, cost, reference = "analytic", "n exponentials, 3n multiply-adds", "a textbook"
+    degrees = range(1, 9)
+
+    def size(self, degree):
+        return 2 * degree + 2
+
+    def shape(self, degree):
+        return degree
+
+    def reach(self, degree):
+        return 3.0
+
+    def starts(self, degree, z, w, f):
+        return [list(np.linspace(-2, 2, degree)), list(np.linspace(-1, 1, degree))]
+
+    def parts(self, p, z):
+        n = len(p) // 2 - 1
+        lib = torch if torch.is_tensor(p[-1] * z) else np
+        return p[2 : n + 2], [(z - q, lib.exp(-((z - q) ** 2))) for q in p[n + 2 :]]
+
+    def evaluate(self, parameters, z):
+        heights, bumps = self.parts(parameters, z)
+        return sum((c * e for c, (_, e) in zip(heights, bumps, strict=True)), parameters[0] + parameters[1] * z)
+
+    def slope(self, parameters, z):
+        heights, bumps = self.parts(parameters, z)
+        return sum((-2 * c * t * e for c, (t, e) in zip(heights, bumps, strict=True)), parameters[1] + z * 0)
+
+    def jacobian(self, parameters, z):
+        heights, bumps = self.parts(parameters, z)
+        pairs = list(zip(heights, bumps, strict=True))
+        values = [z * 0 + 1, z, *(e for _, e in bumps), *(2 * c * t * e for c, (t, e) in pairs)]
+        slopes = [z * 0, z * 0 + 1, *(-2 * t * e for t, e in bumps)]
+        return values, [*slopes, *(c * (2 - 4 * t * t) * e for c, (t, e) in pairs)]
+
+
+@pytest.fixture(params=[Chebyshev(), Bumps()], ids=lambda family: family.name)
+def stranger(request, monkeypatch):
+    """A family that the package does not know, as one file and one entry of the registry."""
+    monkeypatch.setitem(FAMILIES, request.param.name, request.param)
+    return request.param
+
+
+def test_a_new_family_fits_and_learns(stranger):
+    for target, most in (("tanh", 3e-2), ("relu6", 2e-2), ("gelu", 2e-2)):
+        result = fit(target, family=stranger.name, degree=6)
+        assert result.value_rms < most and result.parameters == stranger.size(6), f"{target}: {result.value_rms:.1e}"
+        x = np.linspace(-9, 9, 200)
+        act = Activation.from_fit(result, groups=2)
+        close(act(torch.tensor(x).reshape(-1, 2)).detach().flatten(), result(x)[0], 1e-4)
+    assert fit("gelu", family=stranger.name, degree=6, tails="none").lo == -np.inf
+    inputs, losses = torch.randn(64, 2), []
+    for _ in range(20):
+        act.theta.grad = None
+        losses.append((act(inputs) - inputs.tanh()).square().mean())
+        losses[-1].backward()
+        with torch.no_grad():  # down the gradient, by what would take off a twentieth were the loss straight
+            act.theta -= 0.05 * losses[-1] * act.theta.grad / act.theta.grad.square().sum()
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_another_polynomial_basis_gives_the_same_copy(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "chebyshev", Chebyshev())
+    x = np.linspace(-12, 12, 401)
+    for target in ("gelu", "mish", "selu", "tanhshrink"):
+        for degree in (4, 8):
+            ours, theirs = (fit(target, family=name, degree=degree) for name in ("chebyshev", "hermite"))
+            close(ours(x)[0], theirs(x)[0], 2e-4, f"{target}, degree {degree}")
+            assert ours.objective == pytest.approx(theirs.objective, rel=1e-3, abs=1e-13)
+
+
+def test_a_new_family_lives_in_models_files_and_commands(stranger, tmp_path):
+    model = tiny.hf("gpt2")
+    wanted = tiny.outputs(model)
+    made = orthoact.convert_(model, family=stranger.name, degree=6)
+    assert {row["family"] for row in made.sites} == {stranger.name}
+    assert (tiny.outputs(model) - wanted).abs().max() < 0.1 * wanted.abs().max()
+    model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    activations = [m for m in model.modules() if isinstance(m, Activation)]
+    assert len(activations) == 2 and all(act.theta.grad.abs().max() > 0 for act in activations)
+    with torch.no_grad():
+        for act in activations:
+            act.theta -= 0.01 * act.theta.grad
+    model.save_pretrained(tmp_path)
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(tiny.outputs(loaded), tiny.outputs(model))
+    rows = json.loads(CliRunner().invoke(main, ["families", "--json"]).stdout)["families"]
+    assert rows[-1]["name"] == stranger.name and rows[-1]["parameters"] == stranger.size(8)
