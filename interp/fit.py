@@ -18,7 +18,7 @@ from time import perf_counter
 import numpy as np
 from torch import Tensor
 
-from .domains import Gaussian
+from .domains import Gaussian, Law
 from .errors import OrthoactError
 from .families import get_family
 from .family import Family
@@ -45,7 +45,7 @@ class Fit:
     """`linear` (straight tails outside the joints) or `none` (the bare series everywhere)."""
     coefficients: tuple[float, ...]
     """Coefficients of the core in the family's basis, lowest degree first."""
-    domain: Gaussian
+    domain: Law
     """The law of the inputs."""
     derivative_weight: float
     """Lambda of J."""
@@ -89,7 +89,10 @@ class Fit:
 
     def to_dict(self) -> dict:
         """The fields as plain JSON values; an infinite joint or range end is None."""
-        values = asdict(self) | {"parameters": self.parameters}
+        values = asdict(replace(self, domain=Gaussian())) | {
+            "parameters": self.parameters,
+            "domain": self.domain.to_dict(),
+        }
         finite = {k: None for k in ("lo", "hi") if not isfinite(values[k])}
         return values | finite | {"holds": [end if isfinite(end) else None for end in self.holds]}
 
@@ -99,7 +102,7 @@ def fit(
     *,
     family: str = "hermite",
     degree: int = 8,
-    domain: Gaussian | None = None,
+    domain: Law | None = None,
     tails: str = "linear",
     derivative_weight: float = DERIVATIVE_WEIGHT,
 ) -> Fit:
@@ -162,9 +165,9 @@ def check_options(family: str, degree: int, tails: str, derivative_weight: float
 class _Problem:
     """One fit: the target sampled under the law, what is asked of the joints, and the solution."""
 
-    def __init__(self, target: Target, family: Family, degree: int, domain: Gaussian, tails: str, weight: float):
+    def __init__(self, target: Target, family: Family, degree: int, domain: Law, tails: str, weight: float):
         check_options(family.name, degree, tails, weight)
-        domain = replace(domain, tail=0.0) if tails == "none" else domain
+        domain = domain.narrow() if tails == "none" else domain
         self.target, self.family, self.degree, self.domain = target, family, degree, domain
         self.tails, self.weight = tails, weight
         # a bare polynomial of degree n has its mass out to 2 sqrt(n) standard deviations

@@ -8,7 +8,7 @@ from math import inf, isfinite
 
 import numpy as np
 
-from .domains import Gaussian
+from .domains import Law
 from .errors import OrthoactError
 from .family import Family
 from .targets import Line, Target
@@ -31,7 +31,7 @@ class Samples:
     target: Target
     family: Family
     degree: int
-    domain: Gaussian
+    domain: Law
     weight: float
     """Lambda of J."""
     x: np.ndarray
