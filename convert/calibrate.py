@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -130,7 +129,8 @@ def calibrate_on(
     if limit is None:
         limit = LIMITS["images" if takes_images(source.model) else "tokens" if predicts_next(source.model) else "texts"]
     inputs = batches(source, data, limit=limit, size=batch_size, seed=seed, flag="--calibrate")
-    tell = None if progress is None else partial(progress, total=len(inputs.items))
+    total = len(inputs.items)
+    tell = None if progress is None else lambda done: progress(done, total)
     return calibrate(source, sites, inputs, seed=seed, progress=tell)
 
 
