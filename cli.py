@@ -102,6 +102,19 @@ def _status(text: str, show: bool):
         yield
 
 
+@contextmanager
+def _progress(text: str, show: bool):
+    """A function of batches done and their total that moves a bar; one line where there is no terminal."""
+    from rich.progress import Progress
+
+    console = _console()
+    if show and not console.is_terminal:
+        console.print(text)
+    with Progress(console=console, transient=True, disable=not show or not console.is_terminal) as bar:
+        job = bar.add_task(text, total=None)
+        yield lambda done, total: bar.update(job, completed=done, total=total)
+
+
 def _silence_libraries() -> None:
     """Transformers' progress bars and load reports would mix with ours."""
     from transformers.utils import logging
@@ -227,9 +240,12 @@ def fit(target, family, degree, tolerance, tails, derivative_weight, mean, std, 
 @_options(fitting, choosing)
 @click.option("--groups", type=int, help="Coefficients of their own for each of this many groups of channels.")
 @loading
+@click.option("--calibrate", type=click.Path(), help="Fit each site to what this data shows of it: as --data.")
+@click.option("--limit", type=int, help="Calibrate on so many tokens, texts or images.  [default: 2,048, 128, 128]")
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Of the calibration.")
 @click.option("--dry-run", is_flag=True, help="Plan only; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT; refit a MODEL that is converted already.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the probe batch.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the probe batch and of --calibrate.")
 @_options(strict, as_json, quiet)
 def convert(
     model,
@@ -248,6 +264,9 @@ def convert(
     revision,
     trust_remote_code,
     device,
+    calibrate,
+    limit,
+    batch_size,
     dry_run,
     overwrite,
     seed,
@@ -258,14 +277,20 @@ def convert(
     """Replace the activations of MODEL by learnable ones that start as faithful copies, and write the checkpoint.
 
     The folder loads with plain from_pretrained (timm: create_model) after `import orthoact`. No weight is changed.
+    With --calibrate (a text file, a folder of images, a data set on disk; no labels needed) each site is fitted to its
+    own inputs, weighted by how much an error there would change the model's output.
     """
+    from .convert.calibrate import calibrate_on
     from .convert.checkpoint import check_output, save
     from .convert.fidelity import evaluate
+    from .convert.sites import find_sites
     from .convert.sources import load_source
     from .convert.surgeon import convert_, plan, revert_
     from .interp.errors import OrthoactError
 
     options = _fit_options(family, degree, tolerance, tails, derivative_weight)
+    if limit is not None and calibrate is None:
+        raise click.UsageError("--limit bounds the data of --calibrate: give that too")
     out = output or _default_output(model, family)
     if not dry_run:
         check_output(out, overwrite=overwrite)
@@ -278,15 +303,24 @@ def convert(
     if source.converted and overwrite:
         revert_(source.model)
     choice = {"include": include, "exclude": exclude, "include_heads": include_heads}
+    laws, calibrated = {}, 0.0
+    if calibrate is not None:
+        clock = perf_counter()
+        with _progress("calibrating", not quiet) as progress:
+            found = find_sites(source.model, **choice)
+            laws = calibrate_on(
+                source, found, calibrate, limit=limit, batch_size=batch_size, seed=seed, progress=progress
+            )
+        calibrated = perf_counter() - clock
     with _status("fitting", not quiet):
-        made = plan(source.model, groups=groups, **choice, **options)
+        made = plan(source.model, domains=laws, groups=groups, **choice, **options)
     if strict:
         _refuse_left(made.left)
     report: dict[str, Any] = {
         "output": None if dry_run else str(out),
         "sites": made.rows,
         "left": _left_rows(made.left),
-        "seconds": {"load": loaded, "fit": made.seconds, "save": 0.0},
+        "seconds": {"load": loaded, "fit": made.seconds, "save": 0.0} | ({"calibrate": calibrated} if laws else {}),
         "parameters": made.parameters,
     }
     if not dry_run:
@@ -304,6 +338,8 @@ def convert(
             clock = perf_counter()
             record = {k: v for k, v in report.items() if k not in ("output", "seconds")}
             record |= {"fits": {s.name: f.to_dict() for s, f in zip(made.sites, made.fits, strict=True)}}
+            if laws:
+                record |= {"calibration": {name: law.histogram() for name, law in laws.items()}}
             save(source.model, out, source=source, report=record, overwrite=overwrite)
             report["seconds"]["save"] = perf_counter() - clock
     if as_json:
@@ -392,8 +428,6 @@ def evaluate(
 
     Without --data: the demo's held-out text for the demo model, a seeded probe batch for every other.
     """
-    from rich.progress import Progress
-
     from .convert.fidelity import evaluate as compare
     from .convert.sources import load_source
     from .interp.errors import OrthoactError
@@ -403,16 +437,9 @@ def evaluate(
     with _status(f"loading {out}", not quiet):
         source = load_source(out, revision=revision, **loads)
         base = load_source(against, **loads) if against else None
-    with Progress(console=_console(), transient=True, disable=quiet or not _console().is_terminal) as bar:
-        job = bar.add_task("comparing", total=None)
+    with _progress("comparing", not quiet) as progress:
         result = compare(
-            source,
-            against=base,
-            data=data,
-            limit=limit,
-            batch_size=batch_size,
-            seed=seed,
-            progress=lambda done, total: bar.update(job, completed=done, total=total),
+            source, against=base, data=data, limit=limit, batch_size=batch_size, seed=seed, progress=progress
         )
     if as_json:
         _print_json(result)

@@ -43,13 +43,20 @@ def predicts_next(model: Any) -> bool:
 
 
 def batches(
-    source: Source, data: str | Path | None, *, limit: int | None = None, size: int = 8, seed: int = 0
+    source: Source,
+    data: str | Path | None,
+    *,
+    limit: int | None = None,
+    size: int = 8,
+    seed: int = 0,
+    flag: str = "--data",
 ) -> Batches:
     """Inputs for the model of `source`.
 
     `data` is a text file (.txt), a folder of images, or anything that `datasets` reads from disk (a saved data set, a
     folder, .csv, .json, .jsonl, .parquet); None means the demo's held-out text for the demo model and a seeded probe
-    batch for every other. `limit` bounds the tokens (causal models), texts or images. Raises `OrthoactError` for data
+    batch for every other. `limit` bounds the tokens (causal models), texts or images; `flag` is what errors call the
+    data. Raises `OrthoactError` for data
     that is missing, empty, or of the wrong kind, and for a folder without the tokenizer or processor that it needs.
     """
     model = source.model
@@ -66,7 +73,15 @@ def batches(
         data, name = demo_folder() / "heldout.txt", "demo"
     path = Path(data).expanduser()
     if not path.exists():
-        raise OrthoactError(f"--data {data}: there is no such file or folder")
+        raise OrthoactError(f"{flag} {data}: there is no such file or folder")
+    try:
+        return _read(source, path, name, limit, size, seed)
+    except OrthoactError as error:
+        raise OrthoactError(str(error).replace("--data", flag)) from error
+
+
+def _read(source: Source, path: Path, name: str, limit: int | None, size: int, seed: int) -> Batches:
+    model = source.model
     if takes_images(model):
         return Batches(name, "images", _images(source, path, limit, size))
     texts, labels = _texts(path)

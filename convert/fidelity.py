@@ -69,8 +69,8 @@ def evaluate(
             labels = batch.pop("labels", None)
             try:
                 with toggle():
-                    base = _outputs(reference, source.kind, batch)
-                new = _outputs(model, source.kind, batch)
+                    base = outputs(reference, batch)
+                new = outputs(model, batch)
             except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
                 raise OrthoactError(
                     f"{source.name}: the model does not run on the {inputs.name} batch "
@@ -89,9 +89,11 @@ def _count(inputs: Batches, batch: dict[str, Tensor]) -> int:
     return first.numel() if inputs.unit == "tokens" else len(first)
 
 
-def _outputs(model: Any, kind: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def outputs(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Logits and pooled output of one batch, those that the model has."""
-    if kind == "timm":
+    if not hasattr(model, "main_input_name") and not hasattr(model, "forward_features"):
+        return {"pooled": model(**batch).flatten(1)}  # of neither library
+    if not hasattr(model, "main_input_name"):
         x = next(iter(batch.values()))
         features = model.forward_features(x)
         out = {"pooled": model.forward_head(features, pre_logits=True).flatten(1)}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import nn
 
 from .._version import __version__
 from ..interp.activation import TENSORS, Activation
-from ..interp.domains import Gaussian
+from ..interp.domains import law_from_dict
 from ..interp.errors import OrthoactError
 from ..interp.fit import fit
 
@@ -41,7 +40,7 @@ def describe(activations: Mapping[str, Activation]) -> dict[str, Any]:
             "tails": act.tails,
             "groups": act.groups,
             "channel": act.channel,
-            "domain": asdict(act.domain),
+            "domain": act.domain.to_dict(),
             "derivative_weight": act.derivative_weight,
         }
         for name, act in activations.items()
@@ -239,7 +238,7 @@ def _rebuild(name: str, entry: Mapping[str, Any], old: nn.Module) -> Activation:
             target=entry["target"],
             original=old,
         )
-        act.domain, act.derivative_weight = Gaussian(**entry["domain"]), entry["derivative_weight"]
+        act.domain, act.derivative_weight = law_from_dict(entry["domain"]), entry["derivative_weight"]
     except KeyError as error:
         raise OrthoactError(f"the record of the activation {name!r} lacks {error}: convert the model again") from error
     if act.theta.is_meta:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..interp.activation import Activation
-from ..interp.domains import Gaussian
+from ..interp.domains import Law, Measured
 from ..interp.errors import OrthoactError
 from ..interp.fit import DERIVATIVE_WEIGHT, Fit, check_options, fit, fit_to_tolerance
 from .audit import Audit, Left, audit
@@ -41,14 +41,23 @@ class Plan:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """One row a site: name, target, family, degree, parameters, errors."""
+        """One row a site: name, target, family, degree, parameters, errors; calibrated, what was seen of its inputs."""
         kept = ("family", "degree", "value_rms", "slope_rms", "value_max")
         return [
             {"name": s.name, "target": s.target.name}
             | {key: getattr(f, key) for key in kept}
             | {"parameters": f.parameters * (self.groups or 1)}
+            | _seen(f)
             for s, f in zip(self.sites, self.fits, strict=True)
         ]
+
+
+def _seen(fit: Fit) -> dict[str, float]:
+    """What a calibration saw of a site."""
+    law = fit.domain
+    if not isinstance(law, Measured):
+        return {}
+    return {"mean": law.mean, "std": law.std, "outside": law.share_outside(fit.lo, fit.hi)}
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,8 @@ def plan(
     tolerance: float | None = None,
     tails: str = "linear",
     derivative_weight: float = DERIVATIVE_WEIGHT,
-    domain: Gaussian | None = None,
+    domain: Law | None = None,
+    domains: Mapping[str, Law] | None = None,
     groups: int | None = None,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
@@ -103,8 +113,9 @@ def plan(
 ) -> Plan:
     """Find the sites of `model` and fit a copy for each; the model is not touched.
 
-    `tolerance`, where given, chooses the lowest degree whose root of J it bounds. The other arguments are those of
-    `orthoact.fit` and `find_sites`. Raises `OrthoactError` where there is nothing to convert, a weight is not finite,
+    `tolerance`, where given, chooses the lowest degree whose root of J it bounds. `domains` gives sites laws of their
+    own by name, as `calibrate` does; the others have `domain`. The other arguments are those of `orthoact.fit` and
+    `find_sites`. Raises `OrthoactError` where there is nothing to convert, a weight is not finite,
     or a fit is impossible.
     """
     start = perf_counter()
@@ -125,16 +136,23 @@ def plan(
         "family": family,
         "tails": tails,
         "derivative_weight": derivative_weight,
-        "domain": domain,
     }
+    laws = {site.name: (domains or {}).get(site.name, domain) for site in sites}
+    if strange := set(domains or {}) - set(laws):
+        raise OrthoactError(f"domains: {sorted(strange)[0]!r} is no site of the model; give the laws of its sites")
     fits: dict[Any, Fit] = {}
     for site in sites:
-        if site.key not in fits:
-            fits[site.key] = (
-                fit_to_tolerance(site.target, tolerance, **options)
+        law = laws[site.name]
+        if (site.key, law) in fits:
+            continue
+        try:
+            fits[site.key, law] = (
+                fit_to_tolerance(site.target, tolerance, domain=law, **options)
                 if tolerance is not None
-                else fit(site.target, degree=degree, **options)
+                else fit(site.target, degree=degree, domain=law, **options)
             )
+        except OrthoactError as error:
+            raise OrthoactError(f"{site.name}: {error}") if domains else error from error
     if groups is not None:
         Activation(groups=groups)  # checks the number
         unknown = [s.name for s in sites if s.channel is None]
@@ -143,7 +161,9 @@ def plan(
         for s in sites:
             if s.width and s.width % groups:
                 raise OrthoactError(f"--groups {groups}: expected a divisor of the {s.width} channels of {s.name}")
-    return Plan(tuple(sites), tuple(fits[s.key] for s in sites), tuple(left), groups, perf_counter() - start)
+    return Plan(
+        tuple(sites), tuple(fits[s.key, laws[s.name]] for s in sites), tuple(left), groups, perf_counter() - start
+    )
 
 
 def _refuse_converted(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from time import perf_counter
 import numpy as np
 from torch import Tensor
 
-from .domains import Gaussian
+from .domains import Gaussian, Law
 from .errors import OrthoactError
 from .families import get_family
 from .family import Family, Linear, Piecewise, Separable
@@ -48,7 +48,7 @@ class Fit:
     """`linear` (straight tails outside the joints) or `none` (the bare series everywhere)."""
     coefficients: tuple[float, ...]
     """The learnable numbers of the core, in the order of the family's `numbers`."""
-    domain: Gaussian
+    domain: Law
     """The law of the inputs."""
     derivative_weight: float
     """Lambda of J."""
@@ -92,7 +92,10 @@ class Fit:
 
     def to_dict(self) -> dict:
         """The fields as plain JSON values; an infinite joint or range end is None."""
-        values = asdict(self) | {"parameters": self.parameters}
+        values = asdict(replace(self, domain=Gaussian())) | {
+            "parameters": self.parameters,
+            "domain": self.domain.to_dict(),
+        }
         finite = {k: None for k in ("lo", "hi") if not isfinite(values[k])}
         return values | finite | {"holds": [end if isfinite(end) else None for end in self.holds]}
 
@@ -102,7 +105,7 @@ def fit(
     *,
     family: str = "hermite",
     degree: int = 8,
-    domain: Gaussian | None = None,
+    domain: Law | None = None,
     tails: str = "linear",
     derivative_weight: float = DERIVATIVE_WEIGHT,
 ) -> Fit:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 
 import numpy as np
 
-from .domains import Gaussian
+from .domains import Law
 from .errors import OrthoactError
 from .family import Family
 from .targets import Line, Target
@@ -33,8 +33,8 @@ class Side:
 class Problem:
     """A target sampled under a law, and the family, tails and J that will copy it."""
 
-    def __init__(self, target: Target, family: Family, degree: int, domain: Gaussian, tails: str, weight: float):
-        domain = replace(domain, tail=0.0) if tails == "none" else domain
+    def __init__(self, target: Target, family: Family, degree: int, domain: Law, tails: str, weight: float):
+        domain = domain.narrow() if tails == "none" else domain
         self.target, self.family, self.degree, self.domain = target, family, degree, domain
         self.tails, self.weight = tails, weight
         # a bare polynomial of degree n has its mass out to 2 sqrt(n) standard deviations
