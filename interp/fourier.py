@@ -38,7 +38,7 @@ class Fourier(Separable):
         return pi  # w = 1 is periodic on the core
 
     def starts(self, degree, z, w, f) -> list[list[float]]:
-        return [[frequency] for frequency in (0.75, 0.5)]
+        return [[frequency] for frequency in (0.8, 0.5)]
 
     def waves(self, shape: list[Array], z: Array, degree: int) -> tuple[list[Array], list[Array], list[Array]]:
         """Cosines and sines of each harmonic, and its frequency."""
@@ -111,7 +111,10 @@ class FreeFourier(Fourier):
         return degree
 
     def starts(self, degree, z, w, f) -> list[list[float]]:
-        return [[k * frequency for k in range(1, degree + 1)] for frequency in (0.75, 0.5)]
+        multiples = [[k * frequency for k in range(1, degree + 1)] for frequency in (0.8, 0.5)]
+        halves = [[(k - 0.5) * frequency for k in range(1, degree + 1)] for frequency in (1.0, 0.7)]
+        # a frequency near zero makes a straight line, and lets the others lie between the multiples
+        return [*multiples, *halves, *([0.05, *(0.5 + step * k for k in range(degree - 1))] for step in (0.75, 0.5))]
 
     def waves(self, shape, z, degree):
         angles = [frequency * z for frequency in shape]
