@@ -5,8 +5,9 @@ from .domains import Gaussian
 from .errors import OrthoactError
 from .families import FAMILIES, get_family
 from .family import Family, Linear, Piecewise, Separable
-from .fit import Fit, fit, fit_to_tolerance
+from .fit import Fit, fit, fit_to_tolerance, variance_preserving
 from .targets import ALIASES, TARGETS, Target, get_target
+from .variance import Moments, moments
 
 __all__ = [
     "ALIASES",
@@ -17,6 +18,7 @@ __all__ = [
     "Fit",
     "Gaussian",
     "Linear",
+    "Moments",
     "OrthoactError",
     "Piecewise",
     "Separable",
@@ -25,5 +27,7 @@ __all__ = [
     "fit_to_tolerance",
     "get_family",
     "get_target",
+    "moments",
     "original",
+    "variance_preserving",
 ]

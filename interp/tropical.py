@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from scipy.special import ndtri
 
 from .family import Array, Piecewise
+from .variance import balance
 
 
 class Tropical(Piecewise):
@@ -63,13 +65,19 @@ class Tropical(Piecewise):
             offsets.append(offsets[-1] - jump * kink)
         return [float(v) for v in offsets + slopes]
 
+    def variance_preserving(self, degree: int) -> list[float]:
+        """Slopes in equal steps from zero; each piece is the largest for an n-th of N(0, 1), the outer two for half."""
+        shape = self.from_kinks((0.0, 0.0), _quantiles(degree), np.ones(degree))
+        return balance(self, shape, slice(degree + 1), slice(None))
+
 
 class TropicalRational(Piecewise):
     r"""$S(z) = t + s z + \sum_{i=1}^n c_i \max(z - k_i, 0)$, a difference of two tropical polynomials.
 
-    It has n kinks in all. Every difference of two maxima of affine functions is of this form and the other way round: the terms with
-    $c_i > 0$ make the first maximum, those with $c_i < 0$ the second. Written by its kinks each piece is alive, where
-    in a maximum of pieces one that is nowhere the largest gets no gradient; and a kink may change sides in training.
+    It has n kinks in all. Every difference of two maxima of affine functions is of this form and the other way round:
+    the terms with $c_i > 0$ make the first maximum, those with $c_i < 0$ the second. Written by its kinks each piece
+    is alive, where in a maximum of pieces one that is nowhere the largest gets no gradient; and a kink may change
+    sides in training.
 
     >>> TropicalRational().evaluate([0.0, 0.0, 1.0, -1.0, 0.0, 6.0], np.array([-1.0, 3.0, 9.0])).tolist()  # ReLU6
     [0.0, 3.0, 6.0]
@@ -109,6 +117,18 @@ class TropicalRational(Piecewise):
 
     def from_kinks(self, start, kinks, jumps) -> list[float]:
         return [float(v) for v in (start[1], start[0], *jumps, *kinks)]
+
+    def variance_preserving(self, degree: int) -> list[float]:
+        """A staircase: the slope rises from zero over the lower half of N(0, 1) and falls back over the upper half."""
+        up = (degree + 1) // 2
+        jumps = [1 / up] * up + [-1 / (degree - up or 1)] * (degree - up)
+        shape = self.from_kinks((0.0, 0.0), _quantiles(degree), np.array(jumps))
+        return balance(self, shape, slice(1), slice(degree + 2))
+
+
+def _quantiles(n: int) -> np.ndarray:
+    """Kinks that share N(0, 1) evenly."""
+    return ndtri((np.arange(n) + 0.5) / n)
 
 
 def _maximum(a: Array, b: Array) -> Array:
