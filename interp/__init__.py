@@ -6,8 +6,9 @@ from .domains import Gaussian
 from .errors import OrthoactError
 from .families import FAMILIES, get_family
 from .family import Family, Linear, Piecewise, Separable
-from .fit import Fit, fit
+from .fit import Fit, fit, variance_preserving
 from .targets import ALIASES, TARGETS, Target, get_target
+from .variance import Moments, moments
 
 __all__ = [
     "ALIASES",
@@ -18,6 +19,7 @@ __all__ = [
     "Fit",
     "Gaussian",
     "Linear",
+    "Moments",
     "OrthoactError",
     "Piecewise",
     "Separable",
@@ -27,5 +29,7 @@ __all__ = [
     "get_family",
     "get_target",
     "ladder",
+    "moments",
     "original",
+    "variance_preserving",
 ]

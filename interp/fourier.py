@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from math import pi
+from math import factorial, pi
 
 import numpy as np
 import torch
 
 from .family import Array, Separable
+from .variance import Moments, balance
 
 
 class Fourier(Separable):
@@ -87,6 +88,24 @@ class Fourier(Separable):
     def gather(self, by_frequency: list[Array]) -> list[Array]:
         """Derivatives by the learnable frequencies from those by the frequency of each harmonic."""
         return [sum((k + 1) * part for k, part in enumerate(by_frequency))]
+
+    def variance_preserving(self, degree: int) -> list[float]:
+        """The paper's a_k = b_k = c / k! and frequencies k, with the c and a_0 that are exact under N(0, 1)."""
+        waves = [1 / factorial(k) for k in range(1, degree + 1)]
+        shape = [float(k) for k in range(1, self.shape(degree) + 1)]
+        return balance(self, [0.0, *waves, *waves, *shape], slice(1), slice(2 * degree + 1))
+
+    def moments(self, parameters: list[float]) -> Moments:
+        level, cosines, sines, shape, degree = self.split(parameters)
+        w, a, b = np.array(self.waves(shape, np.zeros(()), degree)[2]), np.array(cosines), np.array(sines)
+        damp = np.exp(-(w**2) / 2)  # E[cos w x], the characteristic function
+        apart, together = (np.exp(-((w[:, None] + sign * w) ** 2) / 2) / 2 for sign in (-1, 1))
+        cc, ss = apart + together, apart - together  # E[cos cos] and E[sin sin]; E[cos sin] = 0
+        mean = level + a @ damp
+        square = level**2 + 2 * level * (a @ damp) + a @ cc @ a + b @ ss @ b
+        slope_square = (a * w) @ ss @ (a * w) + (b * w) @ cc @ (b * w)
+        bent = -(a * w**2) @ (level * damp + cc @ a) - (b * w**2) @ ss @ b  # E[F F'']
+        return Moments(float(mean), float(square), float(slope_square), float(slope_square + bent))
 
 
 class FreeFourier(Fourier):
