@@ -1,7 +1,7 @@
 """Functions of one real variable: families, targets, laws, the solver, the learnable activation. Knows no models."""
 
 from .activation import Activation, original
-from .domains import Gaussian
+from .domains import Gaussian, Law, Measured, Uniform
 from .errors import OrthoactError
 from .families import FAMILIES, get_family
 from .family import Family
@@ -16,8 +16,11 @@ __all__ = [
     "Family",
     "Fit",
     "Gaussian",
+    "Law",
+    "Measured",
     "OrthoactError",
     "Target",
+    "Uniform",
     "fit",
     "fit_to_tolerance",
     "get_family",

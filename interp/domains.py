@@ -141,7 +141,7 @@ FAR = 1000.0
 SMOOTHING = 0.1
 """Width of the Gaussian that smooths a measured law, in its standard deviations."""
 
-SENSITIVITY = 0.8
+SENSITIVITY = 0.9
 """Share of sensitivity, not density, in the weight of a measured law; `benchmarks/calibration.py` measures it."""
 
 
@@ -176,7 +176,7 @@ class Measured(Law):
     def add(self, x: Tensor) -> Tensor:
         """Count the inputs in `x`, of any shape; returns the bin of each, in that shape. NaN or infinity: an error."""
         # the variance tells of NaN and infinity too; merged by Chan's formula, which is exact in pieces
-        spread, centre = (float(v) for v in torch.var_mean(x.double(), correction=0))
+        spread, centre = (float(v) for v in torch.var_mean(x.detach().double(), correction=0))
         if not isfinite(spread):
             raise OrthoactError("a measured law: expected finite inputs, got NaN or infinity; repair the model or data")
         number = x.numel()
@@ -185,13 +185,13 @@ class Measured(Law):
         self._spread += spread * number + shift**2 * self.count * number / total
         self.count = total
         unit = 2 * asinh(FAR / FINEST) / BINS
-        bins = ((x.float() / FINEST).asinh() / unit + (BINS / 2 + 1)).floor().clamp(0, BINS + 1).short()
+        bins = ((x.detach().float() / FINEST).asinh() / unit + (BINS / 2 + 1)).floor().clamp(0, BINS + 1).short()
         self.counts += _tally(bins)
         return bins
 
     def weigh(self, bins: Tensor, gradient: Tensor) -> None:
         """Add the squared gradients of the loss at inputs whose bins `add` has told; the shapes are the same."""
-        self.squares += _tally(bins, gradient.double() ** 2)
+        self.squares += _tally(bins, gradient.detach().double() ** 2)
 
     @property
     def mean(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
