@@ -214,7 +214,7 @@ def test_one_fit_for_each_target_and_law():
 
 def test_errors_name_the_site():
     net = mlp()
-    with pytest.raises(OrthoactError, match="^1: a measured law: expected finite inputs"):
+    with pytest.raises(OrthoactError, match=r"^1: a measured law: expected finite inputs"):
         calibrate(net, find_sites(net), [{"input": torch.full((2, 6), float("nan"))}])
     with torch.no_grad():
         net[2].weight.zero_()
