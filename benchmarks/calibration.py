@@ -23,12 +23,14 @@ from orthoact.convert.sites import find_sites
 from orthoact.convert.sources import load_source
 from orthoact.interp import domains
 
-DEGREES = [4, 6, 8, 12]
-MAIN = [(None, 0.01), (0.0, 0.01), (0.9, 0.01)]
+MAIN = [(None, 0.01), (0.9, 0.01)]
 """(share of sensitivity, derivative weight) measured on everything that `fidelity.py` measures; None is data-free."""
 
 SWEEP = [(None, 0.01), (0.0, 0.01), (0.5, 0.01), (0.9, 0.01), (1.0, 0.01), (0.9, 0.1), (0.9, 0.001)]
 """The same on a quarter of it."""
+
+TABLES = {"main": (MAIN, 1, [4, 6, 8, 12]), "sweep": (SWEEP, 4, [8, 12])}
+"""Choices, the part of the data, degrees."""
 
 
 def data_for(item: str, work: Path) -> Path | None:
@@ -48,7 +50,7 @@ def divergence(row: dict) -> float:
     return row["kl"] if "kl" in row else 1 - row["cosine_mean"]
 
 
-def rows_of(name: str, choices: list[tuple], part: int) -> list[dict]:
+def rows_of(name: str, choices: list[tuple], part: int, degrees: list[int]) -> list[dict]:
     """One row a choice: the divergence at each degree, on one `part`-th of the data."""
     model, item, limit, what = MODELS[name]
     folder = real_models.available(model)
@@ -63,7 +65,7 @@ def rows_of(name: str, choices: list[tuple], part: int) -> list[dict]:
     for share, weight in choices:
         domains.SENSITIVITY = share
         options = {"domains": {} if share is None else laws, "derivative_weight": weight}
-        found = measure(name, DEGREES, most=limit // part, **options)
+        found = measure(name, degrees, most=limit // part, **options)
         weighting = "data-free" if share is None else f"{share:g}"
         cells = {str(row["degree"]): divergence(row) for row in found}
         on = what.replace(f"{limit:,}", f"{limit // part:,}")
@@ -71,11 +73,11 @@ def rows_of(name: str, choices: list[tuple], part: int) -> list[dict]:
     return rows
 
 
-def markdown(rows: list[dict]) -> str:
-    columns = ["model", "on", "weighting", "derivative weight", *(f"degree {d}" for d in DEGREES)]
+def markdown(rows: list[dict], degrees: list[int]) -> str:
+    columns = ["model", "on", "weighting", "derivative weight", *(f"degree {d}" for d in degrees)]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in rows:
-        cells = [f"{row[str(d)]:.2e}" for d in DEGREES]
+        cells = [f"{row[str(d)]:.2e}" for d in degrees]
         lines.append("| " + " | ".join([*(str(row[c]) for c in columns[:4]), *cells]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -89,15 +91,16 @@ def main() -> None:
     path = args.output.with_suffix(".json")
     tables = json.loads(path.read_text()) if path.exists() else {"main": [], "sweep": []}
     for name in args.models:
-        for key, choices, part in (("main", MAIN, 1), ("sweep", SWEEP, 4)):
+        for key, options in TABLES.items():
             if key == "sweep" and "timm" in name:
                 continue
-            new = rows_of(name, choices, part)
+            new = rows_of(name, *options)
             both = [row for row in tables[key] if row["model"] != name] + new
             tables[key] = sorted(both, key=lambda row: names.index(row["model"]))
             path.write_text(json.dumps(tables, indent=1) + "\n")
-    text = f"{markdown(tables['main'])}\nThe choice of the weighting, on a quarter of the data:\n\n"
-    args.output.with_suffix(".md").write_text(text + markdown(tables["sweep"]))
+    main_table, sweep = (markdown(tables[key], TABLES[key][2]) for key in ("main", "sweep"))
+    text = f"{main_table}\nThe choice of the weighting, on a quarter of the data:\n\n{sweep}"
+    args.output.with_suffix(".md").write_text(text)
     print(args.output.with_suffix(".md").read_text())
 
 

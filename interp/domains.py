@@ -142,7 +142,8 @@ SMOOTHING = 0.1
 """Width of the Gaussian that smooths a measured law, in its standard deviations."""
 
 SENSITIVITY = 0.9
-"""Share of sensitivity, not density, in the weight of a measured law; `benchmarks/calibration.py` measures it."""
+"""Share of sensitivity in the weight of a measured law (`benchmarks/calibration.py` measures it); the rest is density,
+for inputs that no gradient reached, as those of all but the first token in the last layer before a head."""
 
 
 class Measured(Law):
@@ -218,6 +219,8 @@ class Measured(Law):
                 f"a measured law: expected inputs that vary, all {self.count} are {self._mean:g}; give more data, or "
                 f"exclude the site"
             )
+        if not self.counts[1:-1].any():
+            raise OrthoactError(f"a measured law: all {self.count} inputs are beyond {FAR:g}; exclude the site")
 
     def share_outside(self, lo: float, hi: float) -> float:
         """Share of the inputs below `lo` or above `hi`, to the width of a bin."""
@@ -227,15 +230,14 @@ class Measured(Law):
     def nodes(self, reach: float = 9.0) -> tuple[np.ndarray, np.ndarray]:
         cell, edges = self.std / CELLS, _edges()
         seen = np.flatnonzero(self.counts[1:-1])
-        held = (edges[seen[0]], edges[seen[-1] + 1]) if len(seen) else (self.mean, self.mean)
         # 40 std hold whatever a fit can follow
-        start = max(min(self.mean - reach * self.std, held[0]), self.mean - 40 * self.std)
-        end = min(max(self.mean + reach * self.std, held[1]), self.mean + 40 * self.std)
+        start = max(min(self.mean - reach * self.std, edges[seen[0]]), self.mean - 40 * self.std)
+        end = min(max(self.mean + reach * self.std, edges[seen[-1] + 1]), self.mean + 40 * self.std)
         borders = cell * np.arange(floor(start / cell), ceil(end / cell) + 1)
 
         def spread(bins: np.ndarray) -> np.ndarray:
             mass = np.diff(np.interp(borders, edges, np.cumsum(bins[:-1])))
-            return gaussian_filter1d(mass / mass.sum(), SMOOTHING * CELLS, mode="constant", truncate=6)
+            return gaussian_filter1d(mass / (mass.sum() or 1.0), SMOOTHING * CELLS, mode="constant", truncate=6)
 
         w = spread(self.counts)
         if self.squares.any():
@@ -256,6 +258,7 @@ class Measured(Law):
 
     def histogram(self, cells: int = 64) -> dict[str, Any]:
         """The law in so many cells between its outermost inputs, for a report: density, and sensitivity per cell."""
+        self._check()
         edges = _edges()
         seen = np.flatnonzero(self.counts[1:-1])
         borders = np.linspace(edges[seen[0]], edges[seen[-1] + 1], cells + 1)

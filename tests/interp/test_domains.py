@@ -144,6 +144,11 @@ def test_inputs_that_do_not_vary(value):
         fit("gelu", domain=measured(torch.full((50,), value)))
 
 
+def test_inputs_beyond_the_histogram():
+    with pytest.raises(OrthoactError, match="all 100 inputs are beyond 1000"):
+        measured(5000 + normal(100)).nodes()
+
+
 @pytest.mark.parametrize(("low", "high"), [(1, 1), (2, -2), (0, float("inf")), (float("nan"), 1)])
 def test_bad_ranges(low, high):
     with pytest.raises(OrthoactError, match="two finite numbers in order"):
