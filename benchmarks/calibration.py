@@ -86,15 +86,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [name for name in MODELS if name != "demo GPT-2"]
     parser.add_argument("--models", nargs="*", choices=names, default=names, help="measure these; keep the others")
+    parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES))
     parser.add_argument("--output", type=Path, default=HERE / "calibration")
     args = parser.parse_args()
     path = args.output.with_suffix(".json")
     tables = json.loads(path.read_text()) if path.exists() else {"main": [], "sweep": []}
     for name in args.models:
-        for key, options in TABLES.items():
+        for key in args.tables:
             if key == "sweep" and "timm" in name:
                 continue
-            new = rows_of(name, *options)
+            new = rows_of(name, *TABLES[key])
             both = [row for row in tables[key] if row["model"] != name] + new
             tables[key] = sorted(both, key=lambda row: names.index(row["model"]))
             path.write_text(json.dumps(tables, indent=1) + "\n")

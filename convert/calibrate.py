@@ -96,8 +96,6 @@ def calibrate(
             try:
                 out = outputs(model, batch)
             except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-                if isinstance(error, OrthoactError):
-                    raise
                 raise OrthoactError(
                     f"the model does not run on the calibration data ({type(error).__name__}: {error}); "
                     f"give data that fit it"
