@@ -283,9 +283,8 @@ def convert(
     from .convert.calibrate import calibrate_on
     from .convert.checkpoint import check_output, save
     from .convert.fidelity import evaluate
-    from .convert.sites import find_sites
     from .convert.sources import load_source
-    from .convert.surgeon import convert_, plan, revert_
+    from .convert.surgeon import convert_, inspect_model, plan, revert_
     from .interp.errors import OrthoactError
 
     options = _fit_options(family, degree, tolerance, tails, derivative_weight)
@@ -307,9 +306,9 @@ def convert(
     if calibrate is not None:
         clock = perf_counter()
         with _progress("calibrating", not quiet) as progress:
-            found = find_sites(source.model, **choice)
+            sites, _ = inspect_model(source.model, **choice)
             laws = calibrate_on(
-                source, found, calibrate, limit=limit, batch_size=batch_size, seed=seed, progress=progress
+                source, sites, calibrate, limit=limit, batch_size=batch_size, seed=seed, progress=progress
             )
         calibrated = perf_counter() - clock
     with _status("fitting", not quiet):

@@ -2,7 +2,7 @@
 
 from .activation import Activation, original
 from .choose import fit_to_tolerance, ladder
-from .domains import Gaussian
+from .domains import Gaussian, Law, Measured, Uniform
 from .errors import OrthoactError
 from .families import FAMILIES, get_family
 from .family import Family, Linear, Piecewise, Separable
@@ -18,12 +18,15 @@ __all__ = [
     "Family",
     "Fit",
     "Gaussian",
+    "Law",
     "Linear",
+    "Measured",
     "Moments",
     "OrthoactError",
     "Piecewise",
     "Separable",
     "Target",
+    "Uniform",
     "fit",
     "fit_to_tolerance",
     "get_family",
