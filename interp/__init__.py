@@ -1,11 +1,12 @@
 """Functions of one real variable: families, targets, laws, the solver, the learnable activation. Knows no models."""
 
 from .activation import Activation, original
+from .choose import fit_to_tolerance, ladder
 from .domains import Gaussian
 from .errors import OrthoactError
 from .families import FAMILIES, get_family
 from .family import Family, Linear, Piecewise, Separable
-from .fit import Fit, fit, fit_to_tolerance
+from .fit import Fit, fit
 from .targets import ALIASES, TARGETS, Target, get_target
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "fit_to_tolerance",
     "get_family",
     "get_target",
+    "ladder",
     "original",
 ]

@@ -125,34 +125,6 @@ def fit(
     return replace(_solve(problem), seconds=perf_counter() - start)
 
 
-def fit_to_tolerance(target: str | Target | Callable[[Tensor], Tensor], tolerance: float, **options) -> Fit:
-    """The fit of the lowest degree whose root of J is at most `tolerance`; `options` as in `fit`.
-
-    Where no degree reaches it, the best fit is returned and its reason says so.
-
-    >>> fit_to_tolerance("gelu", 1e-2).degree
-    6
-    """
-    if not tolerance > 0:
-        raise OrthoactError(f"--tolerance {tolerance}: expected a positive number")
-    family = options.get("family", "hermite")
-    degrees = get_family(family).degrees
-    weight = options.get("derivative_weight", DERIVATIVE_WEIGHT)
-    check_options(family, degrees[0], options.get("tails", "linear"), weight)
-    best = None
-    for degree in degrees:
-        try:
-            candidate = fit(target, degree=degree, **options)
-        except OrthoactError:  # too low to meet the asymptotes
-            continue
-        if candidate.objective**0.5 <= tolerance:
-            return candidate
-        best = min(best or candidate, candidate, key=lambda f: f.objective)
-    if best is None:
-        raise OrthoactError(f"--tolerance {tolerance}: no degree could be fitted to {target!r}; use --tails none")
-    return replace(best, reason=f"{best.reason}; misses the tolerance {tolerance:g} at {best.objective**0.5:.2e}")
-
-
 def check_options(family: str, degree: int, tails: str, derivative_weight: float) -> None:
     """Raise `OrthoactError` for options that no fit can have; cheap, for callers that want to know before they load."""
     degrees = get_family(family).degrees

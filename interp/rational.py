@@ -127,7 +127,11 @@ class SumRational(Rational):
     def least(self, system, wanted):
         size, n = np.linalg.norm(system, axis=0) + 1e-300, system.shape[1]
         # the ridge keeps nnls from cycling among columns that are nearly the same
-        return nnls(np.concatenate([system / size, 1e-6 * np.eye(n)]), np.append(wanted, np.zeros(n)))[0] / size
+        try:
+            found, _ = nnls(np.concatenate([system / size, 1e-6 * np.eye(n)]), np.append(wanted, np.zeros(n)))
+        except RuntimeError:  # it cycled all the same: this is only a start
+            return np.zeros(n)
+        return found / size
 
     def denominator(self, shape, z):
         size, side = abs(z), _sign(z)
