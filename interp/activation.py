@@ -120,7 +120,7 @@ class Activation(nn.Module):
 
         >>> act = Activation.variance_preserving("fourier", 5)
         >>> x = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
-        >>> round(float((act(x) ** 2).mean()), 2)
+        >>> round((act(x) ** 2).mean().item(), 2)
         1.0
         """
         return cls.from_fit(variance_preserving(family, degree), groups=groups, channel=channel)
