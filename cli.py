@@ -65,9 +65,9 @@ loading = _options(
     device,
 )
 fitting = _options(
-    click.option("--family", default="hermite", show_default=True, help="See `orthoact families`."),
+    click.option("--family", default="hermite", show_default=True, help="See `orthoact families`; auto: the best."),
     click.option("--degree", type=int, default=None, help="Degree of the core.  [default: 8]"),
-    click.option("--tolerance", type=float, help="Take the lowest degree whose root of J is below this, not --degree."),
+    click.option("--tolerance", type=float, help="Not --degree: the fewest numbers whose root of J is below this."),
     click.option("--tails", default="linear", show_default=True, help="linear or none (a bare series)."),
     click.option("--derivative-weight", type=float, default=None, help="Weight of the slope error in J."),
 )
@@ -132,22 +132,33 @@ def _table(title: str, columns: list[str], rows: list[list[Any]], *, left: bool 
 
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if left or i == 0 else "right", overflow="fold")
+        words = left or i == 0 or column == "why"
+        table.add_column(column, justify="left" if words else "right", overflow="fold")
     for row in rows:
         table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row))
     _console().print(table)
 
 
-def _fit_options(family, degree, tolerance, tails, derivative_weight) -> dict[str, Any]:
-    from .interp.fit import DERIVATIVE_WEIGHT, check_options
+class _Groups(click.ParamType):
+    """A number of groups; `per-channel` is 0."""
 
-    if degree is not None and tolerance is not None:
-        raise click.UsageError("give --degree or --tolerance, not both")
-    degree = 8 if degree is None else degree
+    name = "G|per-channel"
+
+    def convert(self, value, param, ctx) -> int:
+        return 0 if value == "per-channel" else click.INT.convert(value, param, ctx)
+
+
+def _fit_options(family, degree, tolerance, tails, derivative_weight, parameters=None) -> dict[str, Any]:
+    from .interp.choose import check_choice
+    from .interp.fit import DERIVATIVE_WEIGHT
+
+    choices = {"degree": degree, "tolerance": tolerance, "parameters": parameters}
+    given = {name: value for name, value in choices.items() if value is not None} or {"degree": 8}
+    if len(given) > 1:
+        raise click.UsageError(f"give one of {', '.join('--' + name for name in given)}")
     weight = DERIVATIVE_WEIGHT if derivative_weight is None else derivative_weight
-    check_options(family, degree, tails, weight)
-    options: dict[str, Any] = {"family": family, "tails": tails, "derivative_weight": weight}
-    return options | ({"tolerance": tolerance} if tolerance is not None else {"degree": degree})
+    check_choice(family, given.get("degree", 8), tolerance, parameters, tails, weight)
+    return {"family": family, "tails": tails, "derivative_weight": weight} | given
 
 
 def _left_rows(left) -> list[dict[str, Any]]:
@@ -202,9 +213,9 @@ def inspect(
 @_options(as_json, quiet)
 def fit(target, family, degree, tolerance, tails, derivative_weight, mean, std, plot, as_json, quiet):
     """Fit a copy of one activation, TARGET (gelu, silu, "leaky_relu(0.2)", ...): errors, joints, coefficients."""
+    from .interp.choose import fit_to_tolerance
     from .interp.domains import Gaussian
     from .interp.fit import fit as fit_target
-    from .interp.fit import fit_to_tolerance
     from .interp.targets import get_target
 
     options = _fit_options(family, degree, tolerance, tails, derivative_weight)
@@ -238,7 +249,8 @@ def fit(target, family, degree, tolerance, tails, derivative_weight, mean, std, 
 @click.argument("model")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.  [default: ./MODEL-FAMILY]")
 @_options(fitting, choosing)
-@click.option("--groups", type=int, help="Coefficients of their own for each of this many groups of channels.")
+@click.option("--parameters", type=int, help="Not --degree: share so many learnable numbers over the sites.")
+@click.option("--groups", type=_Groups(), help="Numbers of its own for each of so many groups of channels.")
 @loading
 @click.option("--calibrate", type=click.Path(), help="Fit each site to what this data shows of it: as --data.")
 @click.option("--limit", type=int, help="Calibrate on so many tokens, texts or images.  [default: 2,048, 128, 128]")
@@ -255,6 +267,7 @@ def convert(
     tolerance,
     tails,
     derivative_weight,
+    parameters,
     include,
     exclude,
     include_heads,
@@ -287,7 +300,7 @@ def convert(
     from .convert.surgeon import convert_, inspect_model, plan, revert_
     from .interp.errors import OrthoactError
 
-    options = _fit_options(family, degree, tolerance, tails, derivative_weight)
+    options = _fit_options(family, degree, tolerance, tails, derivative_weight, parameters)
     if limit is not None and calibrate is None:
         raise click.UsageError("--limit bounds the data of --calibrate: give that too")
     out = output or _default_output(model, family)
@@ -354,17 +367,17 @@ def _default_output(model: str, family: str) -> Path:
 
 
 def _report(model: str, report: dict[str, Any], made) -> None:
-    """The short table at the end of a conversion: one row for each kind of site."""
+    """The short table at the end of a conversion: one row for sites alike, and why each got what it got."""
     kinds: dict[tuple, list] = {}
     for row in report["sites"]:
-        key = tuple(row[k] for k in ("target", "family", "degree", "value_rms", "slope_rms", "value_max"))
-        kinds.setdefault(key, []).append(row)
-    columns = ["target", "sites", "family", "degree", "value rms", "slope rms", "value max"]
-    _table(
-        f"{model}: {len(report['sites'])} sites, {report['parameters']} learnable coefficients",
-        columns,
-        [[key[0], len(rows), *key[1:]] for key, rows in kinds.items()],
-    )
+        keys = ("target", "family", "degree", "value_rms", "slope_rms", "value_max", "parameters", "reason")
+        kinds.setdefault(tuple(row[k] for k in keys), []).append(row)
+    columns = ["target", "sites", "family", "degree", "value rms", "slope rms", "value max", "numbers", "why"]
+    rows = [[key[0], len(kind), *key[1:]] for key, kind in kinds.items()]
+    if len(kinds) > len({row["target"] for row in report["sites"]}):  # sites of one target differ
+        columns[:2] = ["site", "target"]
+        rows = [[row["name"], *key] for key, kind in kinds.items() for row in kind]
+    _table(f"{model}: {len(report['sites'])} sites, {report['parameters']} learnable numbers", columns, rows)
     console = _console()
     for item in made.left:
         console.print(f"left: {item.where or '(model)'} {item.function}: {item.reason}", style="dim")

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from ..interp.activation import Activation
+from ..interp.choose import check_choice, fit_to_tolerance, ladder
 from ..interp.domains import Law, Measured
 from ..interp.errors import OrthoactError
-from ..interp.fit import DERIVATIVE_WEIGHT, Fit, check_options, fit, fit_to_tolerance
+from ..interp.fit import DERIVATIVE_WEIGHT, Fit, fit
 from .audit import Audit, Left, audit
+from .budget import sensitivities, share
 from .record import attach, detach, put
 from .sites import Site, recognise, survey
 
@@ -30,7 +32,7 @@ class Plan:
     left: tuple[Left, ...]
     """What stays, and why."""
     groups: int | None = None
-    """Groups of channels with coefficients of their own."""
+    """Groups of channels with coefficients of their own; 0: each channel."""
     seconds: float = 0.0
     """Time taken."""
 
@@ -46,10 +48,15 @@ class Plan:
         return [
             {"name": s.name, "target": s.target.name}
             | {key: getattr(f, key) for key in kept}
-            | {"parameters": f.parameters * (self.groups or 1)}
+            | {"parameters": f.parameters * (groups_of(s, self.groups) or 1), "reason": f.reason}
             | _seen(f)
             for s, f in zip(self.sites, self.fits, strict=True)
         ]
+
+
+def groups_of(site: Site, groups: int | None) -> int | None:
+    """The number of groups at a site: 0 asks for one of each channel."""
+    return site.width if groups == 0 else groups
 
 
 def _seen(fit: Fit) -> dict[str, float]:
@@ -102,6 +109,7 @@ def plan(
     family: str = "hermite",
     degree: int = 8,
     tolerance: float | None = None,
+    parameters: int | None = None,
     tails: str = "linear",
     derivative_weight: float = DERIVATIVE_WEIGHT,
     domain: Law | None = None,
@@ -113,13 +121,15 @@ def plan(
 ) -> Plan:
     """Find the sites of `model` and fit a copy for each; the model is not touched.
 
-    `tolerance`, where given, chooses the lowest degree whose root of J it bounds. `domains` gives sites laws of their
-    own by name, as `calibrate` does; the others have `domain`. The other arguments are those of `orthoact.fit` and
-    `find_sites`. Raises `OrthoactError` where there is nothing to convert, a weight is not finite,
-    or a fit is impossible.
+    In place of `degree`, `tolerance` takes for each site the fit with the fewest numbers whose root of J it bounds,
+    and `parameters` shares so many numbers over all sites by how much an error at each costs (see `budget`); with
+    either, `family="auto"` chooses among all families. `domains` gives sites laws of their own by name, as `calibrate`
+    does; the others have `domain`. `groups` gives each of so many groups of channels numbers of its own, 0 each
+    channel. The other arguments are those of `orthoact.fit` and `find_sites`. Raises `OrthoactError` where there is
+    nothing to convert, a weight is not finite, a fit is impossible or the budget too small.
     """
     start = perf_counter()
-    check_options(family, degree, tails, derivative_weight)
+    check_choice(family, degree, tolerance, parameters, tails, derivative_weight)
     _refuse_converted(model)
     for name, weight in model.named_parameters():
         if not _is_finite(weight):
@@ -140,30 +150,42 @@ def plan(
     laws = {site.name: (domains or {}).get(site.name, domain) for site in sites}
     if strange := set(domains or {}) - set(laws):
         raise OrthoactError(f"domains: {sorted(strange)[0]!r} is no site of the model; give the laws of its sites")
-    fits: dict[Any, Fit] = {}
-    for site in sites:
+    if groups is not None:
+        _check_groups(groups, sites)
+    units = [groups_of(site, groups) or 1 for site in sites]
+
+    def make(site: Site) -> Any:
         law = laws[site.name]
-        if (site.key, law) in fits:
-            continue
+        if parameters is not None:
+            most = parameters // units[sites.index(site)]
+            return ladder(site.target, domain=law, most=most, **options)
+        if tolerance is not None:
+            return fit_to_tolerance(site.target, tolerance, domain=law, **options)
+        return fit(site.target, degree=degree, domain=law, **options)
+
+    made: dict[Any, Any] = {}  # one law and one target are fitted once, however many sites have them
+    for site in sites:
+        key = (site.key, laws[site.name])
         try:
-            fits[site.key, law] = (
-                fit_to_tolerance(site.target, tolerance, domain=law, **options)
-                if tolerance is not None
-                else fit(site.target, degree=degree, domain=law, **options)
-            )
+            made[key] = made[key] if key in made else make(site)
         except OrthoactError as error:
             raise OrthoactError(f"{site.name}: {error}") if domains else error from error
-    if groups is not None:
-        Activation(groups=groups)  # checks the number
-        unknown = [s.name for s in sites if s.channel is None]
-        if unknown:
-            raise OrthoactError(f"--groups {groups}: the channel axis of {unknown[0]} is not known; leave --groups out")
-        for s in sites:
-            if s.width and s.width % groups:
-                raise OrthoactError(f"--groups {groups}: expected a divisor of the {s.width} channels of {s.name}")
-    return Plan(
-        tuple(sites), tuple(fits[s.key, laws[s.name]] for s in sites), tuple(left), groups, perf_counter() - start
-    )
+    fits = [made[site.key, laws[site.name]] for site in sites]
+    if parameters is not None:
+        weights, how = sensitivities(model, sites, domains or {})
+        fits = share(fits, [weights[s.name] for s in sites], units, parameters, how)
+    return Plan(tuple(sites), tuple(fits), tuple(left), groups, perf_counter() - start)
+
+
+def _check_groups(groups: int, sites: list[Site]) -> None:
+    if groups < 0:
+        raise OrthoactError(f"--groups {groups}: expected a positive whole number, or per-channel")
+    named = groups or "per-channel"
+    for s in sites:
+        if s.channel is None or (groups == 0 and not s.width):
+            raise OrthoactError(f"--groups {named}: the channel axis of {s.name} is not known; leave --groups out")
+        if groups and s.width and s.width % groups:
+            raise OrthoactError(f"--groups {groups}: expected a divisor of the {s.width} channels of {s.name}")
 
 
 def _refuse_converted(model: nn.Module) -> None:
@@ -208,7 +230,7 @@ def convert_(model: nn.Module, plan_: Plan | None = None, **options) -> Conversi
         old = model.get_submodule(site.name)
         new = Activation.from_fit(
             copy,
-            groups=made.groups,
+            groups=groups_of(site, made.groups),
             channel=site.channel,
             original=old,
         )

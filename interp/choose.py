@@ -106,3 +106,24 @@ def families_of(family: str, **options) -> list[str]:
     for name in names:
         check_options(name, get_family(name).degrees[0], tails, weight)
     return names
+
+
+def check_choice(
+    family: str,
+    degree: int,
+    tolerance: float | None,
+    parameters: int | None,
+    tails: str,
+    derivative_weight: float,
+) -> None:
+    """Raise `OrthoactError` for options that no plan can have: cheap, before anything is loaded."""
+    if tolerance is not None and parameters is not None:
+        raise OrthoactError("--tolerance and --parameters: give one of them")
+    if parameters is not None and parameters < 1:
+        raise OrthoactError(f"--parameters {parameters}: expected a positive whole number")
+    if tolerance is not None or parameters is not None:
+        families_of(family, tails=tails, derivative_weight=derivative_weight)
+    elif family == AUTO:
+        raise OrthoactError("--family auto chooses by --tolerance or --parameters: give one of them")
+    else:
+        check_options(family, degree, tails, derivative_weight)
