@@ -107,6 +107,9 @@ class Separable(Family):
     The solver eliminates p (variable projection) and improves q and the joints by least squares from `starts`.
     """
 
+    centred = False
+    """Whether z = 0 is a special point, so that shifting z changes the family; then the location is searched too."""
+
     @abstractmethod
     def shape(self, degree: int) -> int:
         """How many numbers are the shape; they come last."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 
 import numpy as np
 from scipy.optimize import least_squares
@@ -24,13 +25,16 @@ EQUALITY = 1e3
 ROUNDING = 1e-7
 """Weight of a row that keeps a coefficient small: what rounding it to float32 adds to the error."""
 
-RADII = (1.6, 2.4, 3.5, 5.0)
-"""Distances of each joint from the centre of the target's curvature that the search starts from, in its spread."""
+RADII = (1.5, 6.0)
+"""Least and greatest distance of a joint from the centre of the target's curvature to start from, in its spread."""
 
-TRIED = 7
+SHIFTS = (0.0, 0.4, -0.4, 0.7)
+"""Where z = 0 may lie in the core to start from, in half its length; one side will do where all is symmetric."""
+
+TRIED = 12
 """How many of the starts are improved, the best ones first."""
 
-ROUGH, FINE = 1e-2, 1e-4
+ROUGH, FINE = 2e-2, 1e-4
 """The relative change of J below which the improvement of a start, and of the best of them, ends."""
 
 
@@ -64,6 +68,7 @@ class Projection:
         assert isinstance(problem.family, Separable)
         self.family = problem.family
         self.shapes = self.family.shape(problem.degree)
+        self.inner = self.shapes + self.family.centred
         self.linear = self.family.size(problem.degree) - self.shapes
         self.free = [problem.tails == "linear" and side.joint is None for side in sides]
         self.root = np.sqrt(problem.w), np.sqrt(problem.weight * problem.w)
@@ -72,14 +77,19 @@ class Projection:
     def unpack(self, alpha: np.ndarray) -> tuple[list[float], float, float]:
         """Shape and joints."""
         if self.p.tails == "none":
-            return [*map(float, alpha)], -np.inf, np.inf
-        rest, joints = list(alpha[self.shapes :]), []
+            return [*map(float, alpha[: self.shapes])], -np.inf, np.inf
+        rest, joints = list(alpha[self.inner :]), []
         for side, free in zip(self.sides, self.free, strict=True):
             joints.append(rest.pop(0) if free else side.joint)
         return [*map(float, alpha[: self.shapes])], float(joints[0]), float(joints[1])
 
     def pack(self, shape: list[float], lo: float, hi: float) -> np.ndarray:
-        return np.array([*shape, *(joint for joint, free in zip((lo, hi), self.free, strict=True) if free)])
+        joints = [joint for joint, free in zip((lo, hi), self.free, strict=True) if free]
+        return np.array([*shape, *([self.location] if self.family.centred else []), *joints])
+
+    def centre(self, alpha: np.ndarray) -> float:
+        """The location: searched where z = 0 is a special point of the family."""
+        return float(alpha[self.shapes]) if self.family.centred else self.location
 
     def rows(self, parameters: list[float], z: np.ndarray, columns: slice) -> tuple[np.ndarray, np.ndarray]:
         """Derivatives of value and slope by some of the numbers, each (points, numbers)."""
@@ -105,7 +115,7 @@ class Projection:
         joints = list(zip((lo, hi), self.sides, strict=True)) if p.tails == "linear" else []
         core = slice(*np.searchsorted(p.x, (lo, hi)))
         z = np.concatenate([[joint for joint, _ in joints], p.x[core]])
-        point = Point(alpha.copy(), shape, joints, core, (z - self.location) / self.scale)
+        point = Point(alpha.copy(), shape, joints, core, (z - self.centre(alpha)) / self.scale)
         wanted = np.array([p.wanted(joint, side) for joint, side in joints]).reshape(-1, 2)
         target = np.concatenate([wanted, np.stack([p.f[core], p.d[core]], axis=-1)])
         y = self.weigh(point, target[:, :1], target[:, 1:])[:, 0]
@@ -151,14 +161,21 @@ class Projection:
         turned = np.zeros((self.linear, len(alpha)))
         outside = np.zeros((len(alpha), 2, len(p.x)))
         moved[:, : self.shapes] = self.weigh(point, *self.rows(parameters, point.z, slice(self.linear, None)))
-        row, column = 0, self.shapes
+        if self.family.centred:
+            step = 1e-6
+            system = self.weigh(point, *self.rows([0.0] * self.linear + point.shape, point.z - step, linear))
+            small = len(system) - self.linear
+            moved[:small, self.shapes] = (system - point.system)[:small] @ point.numbers / (step * self.scale)
+        row, column = 0, self.inner
         for i, (joint, side) in enumerate(point.joints):
             if side.joint is not None:
                 row += side.equalities
                 continue
             step = 1e-5 * self.scale  # second derivatives at the joint, by differences of the exact first
             at = joint + np.array([-step, step])
-            values, slopes = self.rows([0.0] * self.linear + point.shape, (at - self.location) / self.scale, linear)
+            values, slopes = self.rows(
+                [0.0] * self.linear + point.shape, (at - self.centre(alpha)) / self.scale, linear
+            )
             by = EQUALITY * np.diff(values, axis=0)[0] / (2 * step), EQUALITY * np.diff(slopes, axis=0)[0] / (2 * step)
             bend = 0.0 if side.line is not None else float(np.diff(p.target(at)[1])[0]) / (2 * step)
             moved[row + 1, column] = by[1] @ point.numbers - EQUALITY * bend
@@ -191,42 +208,44 @@ class Found:
 
 def search(p: Problem, sides: tuple[Side, Side]) -> Found:
     """Shape and joints of least J: the best of several starts, each improved a little, is improved to the end."""
-    starts = sorted(_starts(p, sides), key=lambda start: start[0])[:TRIED]
+    kinds: dict[int, list[tuple[float, Projection, np.ndarray]]] = {}
+    for kind, value, projection, alpha in _starts(p, sides):
+        kinds.setdefault(kind, []).append((value, projection, alpha))
+    starts = [start for k in kinds.values() for start in sorted(k, key=lambda s: s[0])[: -(-TRIED // len(kinds))]]
     value, projection, alpha = min((improve(of, at, ROUGH) for _, of, at in starts), key=lambda r: r[0])
     # numbers that cancel each other are worth a thousandth of the error, not the rounding of the copy
     projection.rounding = max(ROUNDING, 1e-3 * value**0.5)
     _, projection, alpha = improve(projection, alpha, FINE)
-    return Found(*projection.unpack(alpha), projection.location, projection.scale, projection.rounding)
+    return Found(*projection.unpack(alpha), projection.centre(alpha), projection.scale, projection.rounding)
 
 
-def _starts(p: Problem, sides: tuple[Side, Side]) -> Iterator[tuple[float, Projection, np.ndarray]]:
-    """J, projection and alpha to start from: of each pair of joints the best shape, or of each shape the best pair."""
+def _starts(p: Problem, sides: tuple[Side, Side]) -> Iterator[tuple[int, float, Projection, np.ndarray]]:
+    """Which of the family's shapes it is, J, projection and alpha of each start."""
     family = p.family
     assert isinstance(family, Separable)
-    lo, hi = _joints(p, sides)
-
-    def projection(i: int) -> Projection:
-        half = float(np.float32((hi[i] - lo[i]) / 2 / family.reach(p.degree)))
-        return Projection(p, sides, float(np.float32((lo[i] + hi[i]) / 2)), half)
-
-    shapes = []
-    for start, end in zip(lo, hi, strict=True):
-        core = (p.x >= start) & (p.x <= end)
-        z = (p.x[core] - (start + end) / 2) / ((end - start) / 2) * family.reach(p.degree)
-        shapes.append(family.starts(p.degree, z, p.w[core], p.f[core]))
+    pairs = _joints(p, sides)
+    shapes, projections = [], []
+    shifts = (SHIFTS[:2] if p.is_symmetric() else SHIFTS) if family.centred else (0.0,)
+    for lo, hi in pairs:
+        half, core = (hi - lo) / 2, (p.x >= lo) & (p.x <= hi)
+        for shift in shifts:
+            location = float(np.float32((lo + hi) / 2 + shift * half))
+            of = Projection(p, sides, location, float(np.float32(half / family.reach(p.degree))))
+            projections.append(of)
+            shapes.append(family.starts(p.degree, (p.x[core] - location) / of.scale, p.w[core], p.f[core]))
     if p.tails == "linear" and all(found == shapes[0] for found in shapes):
+        lo, hi = np.array(pairs).T
         objective = Objective(p, sides)
-        for shape in shapes[0]:  # whatever the core, so that all pairs are judged at once
+        for kind, shape in enumerate(shapes[0]):  # whatever the core, so that all pairs are judged at once
             values = objective.of(shape)(lo, hi)
             best = int(np.argmin(values))
-            yield float(values[best]), (of := projection(best)), of.pack(shape, lo[best], hi[best])
-    else:
-        for i in range(len(lo)):
-            of = projection(i)
-            alphas = [of.pack(shape, lo[i], hi[i]) for shape in shapes[i]]
-            values = [of.objective(alpha) for alpha in alphas]
-            best = int(np.argmin(values))
-            yield values[best], of, alphas[best]
+            of = projections[best]
+            yield kind, float(values[best]), of, of.pack(shape, lo[best], hi[best])
+        return
+    for i, of in enumerate(projections):
+        for kind, shape in enumerate(shapes[i]):
+            alpha = of.pack(shape, *pairs[i * len(pairs) // len(projections)])
+            yield kind, of.objective(alpha), of, alpha
 
 
 def improve(projection: Projection, alpha: np.ndarray, tolerance: float) -> tuple[float, Projection, np.ndarray]:
@@ -244,18 +263,16 @@ def improve(projection: Projection, alpha: np.ndarray, tolerance: float) -> tupl
     return 2 * found.cost, projection, found.x
 
 
-def _joints(p: Problem, sides: tuple[Side, Side]) -> tuple[np.ndarray, np.ndarray]:
+def _joints(p: Problem, sides: tuple[Side, Side]) -> list[tuple[float, float]]:
     """Pairs of joints to start from, around the target's curvature; fixed ones stay, and without tails there is one."""
     if p.tails == "none":
-        lo, hi = p.four_deviations()
-        return np.array([lo]), np.array([hi])
+        return [p.four_deviations()]
     centre, spread = p.bend()
+    free = [side.joint is None for side in sides]
     if p.is_symmetric():
-        centre = 0.0
+        return [(max(-r * spread, p.ends[0]), min(r * spread, p.ends[1])) for r in np.geomspace(*RADII, 6).tolist()]
     ends = []
     for side, sign in zip(sides, (-1, 1), strict=True):
-        fine = np.array(RADII) if all(s.joint is None for s in sides) else np.geomspace(1.2, 8, 9)
-        free = np.clip(centre + sign * spread * fine, *p.ends)
-        ends.append(free if side.joint is None else np.array([side.joint]))
-    lo, hi = (part.ravel() for part in np.meshgrid(*ends, indexing="ij"))
-    return lo, hi
+        radii = np.geomspace(*RADII, 3 if all(free) else 6)
+        ends.append(np.clip(centre + sign * spread * radii, *p.ends).tolist() if side.joint is None else [side.joint])
+    return list(product(*ends))

@@ -28,6 +28,7 @@ class Rational(Separable):
     cost = "2n multiply-adds, 1 division"
     reference = "arXiv:1907.06732, arXiv:2509.13240"
     degrees = range(2, 13)
+    centred = True
 
     def size(self, degree: int) -> int:
         return 2 * degree
