@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .convert.calibrate import calibrate
     from .convert.checkpoint import save
     from .convert.fidelity import evaluate
     from .convert.sites import Site, find_sites
     from .convert.sources import load
     from .convert.surgeon import Conversion, Plan, convert_, inspect_model, plan, revert_
     from .interp.activation import Activation, original
-    from .interp.domains import Gaussian
+    from .interp.domains import Gaussian, Law, Measured, Uniform
     from .interp.errors import OrthoactError
     from .interp.families import FAMILIES
     from .interp.fit import Fit, fit
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "load": "convert.sources",
+    "calibrate": "convert.calibrate",
     "save": "convert.checkpoint",
     "evaluate": "convert.fidelity",
     "Site": "convert.sites",
@@ -37,6 +39,9 @@ _PUBLIC = {
     "Activation": "interp.activation",
     "original": "interp.activation",
     "Gaussian": "interp.domains",
+    "Law": "interp.domains",
+    "Measured": "interp.domains",
+    "Uniform": "interp.domains",
     "OrthoactError": "interp.errors",
     "FAMILIES": "interp.families",
     "Fit": "interp.fit",

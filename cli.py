@@ -283,9 +283,8 @@ def convert(
     from .convert.calibrate import calibrate_on
     from .convert.checkpoint import check_output, save
     from .convert.fidelity import evaluate
-    from .convert.sites import find_sites
     from .convert.sources import load_source
-    from .convert.surgeon import convert_, plan, revert_
+    from .convert.surgeon import convert_, inspect_model, plan, revert_
     from .interp.errors import OrthoactError
 
     options = _fit_options(family, degree, tolerance, tails, derivative_weight)
@@ -307,9 +306,9 @@ def convert(
     if calibrate is not None:
         clock = perf_counter()
         with _progress("calibrating", not quiet) as progress:
-            found = find_sites(source.model, **choice)
+            sites, _ = inspect_model(source.model, **choice)
             laws = calibrate_on(
-                source, found, calibrate, limit=limit, batch_size=batch_size, seed=seed, progress=progress
+                source, sites, calibrate, limit=limit, batch_size=batch_size, seed=seed, progress=progress
             )
         calibrated = perf_counter() - clock
     with _status("fitting", not quiet):
@@ -481,12 +480,22 @@ def revert(out, output, overwrite, task, dtype, revision, trust_remote_code, dev
 @main.command()
 @as_json
 def families(as_json):
-    """The families of learnable activations: formula, learnable numbers, smoothness, cost, reference."""
+    """The families of learnable activations: formula, learnable numbers, smoothness, cost, reference.
+
+    A second table has the variance-preserving start of each, for training from scratch: its moments under N(0, 1).
+    """
     from .interp.families import FAMILIES
+
+    def start(family) -> dict[str, Any]:
+        found = family.moments(family.variance_preserving(3))
+        names = ("mean", "square", "slope_square", "chi", "forward", "backward")
+        return {"degree": 3} | {name: getattr(found, name) for name in names}
 
     fields = ("name", "formula", "numbers", "smoothness", "cost", "reference")
     rows = [
-        {key: getattr(f, key) for key in fields} | {"degrees": [f.degrees[0], f.degrees[-1]], "parameters": f.size(8)}
+        {key: getattr(f, key) for key in fields}
+        | {"degrees": [f.degrees[0], f.degrees[-1]], "parameters": f.size(8)}
+        | {"variance_preserving": start(f)}
         for f in FAMILIES.values()
     ]
     if as_json:
@@ -496,6 +505,10 @@ def families(as_json):
     keys = ("name", "formula", "numbers", "degrees", "smoothness", "cost", "reference")
     shown = [r | {"degrees": "{} to {}".format(*r["degrees"])} for r in rows]
     _table("families", columns, [[r[key] for key in keys] for r in shown], left=True)
+    starts = [(r["name"], r["variance_preserving"]) for r in rows]
+    shown = [[name] + [f"{v[key]:.4f}" for key in ("mean", "square", "slope_square", "chi")] for name, v in starts]
+    title = "variance-preserving start at degree 3, inputs from N(0, 1)"
+    _table(title, ["name", "E[F]", "E[F^2]", "E[F'^2]", "chi"], shown)
 
 
 @main.command()

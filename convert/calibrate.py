@@ -63,7 +63,7 @@ def calibrate(
 
     def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].detach()  # now: an in-place activation overwrites it
-        keep = mask.bool() if mask is not None and x.dim() > 2 and x.shape[:2] == mask.shape else None
+        keep = mask.bool().to(x.device) if mask is not None and x.dim() > 2 and x.shape[:2] == mask.shape else None
         try:
             pending[module] = laws[module].add(x if keep is None else x[keep]), keep
         except OrthoactError as error:
@@ -74,7 +74,7 @@ def calibrate(
         if not torch.is_grad_enabled():
             return None
         if not output.requires_grad:  # the first site: no weight asks for a gradient
-            output = output + anchor.to(output.dtype)
+            output = output + anchor.to(output)
         output.register_hook(lambda g: laws[module].weigh(bins, g if keep is None else g[keep]))
         return output
 
@@ -96,8 +96,6 @@ def calibrate(
             try:
                 out = outputs(model, batch)
             except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-                if isinstance(error, OrthoactError):
-                    raise
                 raise OrthoactError(
                     f"the model does not run on the calibration data ({type(error).__name__}: {error}); "
                     f"give data that fit it"

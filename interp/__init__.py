@@ -2,12 +2,13 @@
 
 from .activation import Activation, original
 from .choose import fit_to_tolerance, ladder
-from .domains import Gaussian
+from .domains import Gaussian, Law, Measured, Uniform
 from .errors import OrthoactError
 from .families import FAMILIES, get_family
 from .family import Family, Linear, Piecewise, Separable
-from .fit import Fit, fit
+from .fit import Fit, fit, variance_preserving
 from .targets import ALIASES, TARGETS, Target, get_target
+from .variance import Moments, moments
 
 __all__ = [
     "ALIASES",
@@ -17,15 +18,21 @@ __all__ = [
     "Family",
     "Fit",
     "Gaussian",
+    "Law",
     "Linear",
+    "Measured",
+    "Moments",
     "OrthoactError",
     "Piecewise",
     "Separable",
     "Target",
+    "Uniform",
     "fit",
     "fit_to_tolerance",
     "get_family",
     "get_target",
     "ladder",
+    "moments",
     "original",
+    "variance_preserving",
 ]

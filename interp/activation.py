@@ -21,7 +21,7 @@ from .coordinates import transform
 from .domains import Gaussian
 from .errors import OrthoactError
 from .families import get_family
-from .fit import DERIVATIVE_WEIGHT, TAILS, Fit
+from .fit import DERIVATIVE_WEIGHT, TAILS, Fit, variance_preserving
 
 TENSORS = ("theta", "start", "transform", "location", "scale", "lo", "hi", "jumps")
 """Every tensor of an `Activation` in a file; all are needed to evaluate it."""
@@ -110,6 +110,21 @@ class Activation(nn.Module):
         act.load_fit(fit)
         return act
 
+    @classmethod
+    def variance_preserving(
+        cls, family: str = "hermite", degree: int = 3, *, groups: int | None = None, channel: int | None = -1
+    ) -> Activation:
+        """A start for training from scratch: a bare series with E[F^2] = E[F'^2] = 1 under N(0, 1) (see `variance`).
+
+        Weights with variance 1 / fan_in then keep the variance of activations and gradients at every depth.
+
+        >>> act = Activation.variance_preserving("fourier", 5)
+        >>> x = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+        >>> round(float((act(x) ** 2).mean()), 2)
+        1.0
+        """
+        return cls.from_fit(variance_preserving(family, degree), groups=groups, channel=channel)
+
     @torch.no_grad()
     def load_fit(self, fit: Fit) -> None:
         """Start afresh from `fit`, which has this activation's family, degree and tails."""
@@ -139,6 +154,16 @@ class Activation(nn.Module):
         """The plain coefficients of the series, lowest degree first: shape (n+1,) or (groups, n+1), differentiable."""
         # elementwise and a sum: a matrix product would run in bfloat16 under autocast
         return self.start + (self.transform * self.theta.unsqueeze(-2)).sum(-1)
+
+    def curve(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values and slopes at `x` in float64, for `variance.moments`; without groups."""
+        if self.groups is not None:
+            raise OrthoactError(f"groups {self.groups}: expected an activation with one curve, without groups")
+        at = torch.tensor(x, dtype=torch.float64, device=self.start.device, requires_grad=True)
+        with torch.enable_grad():
+            value = self(at)
+            (slope,) = torch.autograd.grad(value.sum(), at)
+        return value.detach().cpu().numpy(), slope.cpu().numpy()
 
     @property
     def original(self) -> Callable[[Tensor], Tensor] | None:

@@ -50,7 +50,7 @@ def fit_to_tolerance(
                 if downwards:
                     break
                 continue
-            reached = tried[-1].objective**0.5 <= tolerance
+            reached = tried[-1].objective ** 0.5 <= tolerance
             if reached:
                 chosen = tried[-1]
             if reached != downwards:
@@ -88,7 +88,7 @@ def ladder(
             except OrthoactError as error:
                 refusal = error
                 continue
-            if rungs[-1].objective**0.5 < RESOLUTION:
+            if rungs[-1].objective ** 0.5 < RESOLUTION:
                 break
     if not rungs and refusal is not None:
         raise refusal

@@ -141,8 +141,9 @@ FAR = 1000.0
 SMOOTHING = 0.1
 """Width of the Gaussian that smooths a measured law, in its standard deviations."""
 
-SENSITIVITY = 0.8
-"""Share of sensitivity, not density, in the weight of a measured law; `benchmarks/calibration.py` measures it."""
+SENSITIVITY = 0.9
+"""Share of sensitivity in the weight of a measured law (`benchmarks/calibration.py` measures it); the rest is density,
+for inputs that no gradient reached, as those of all but the first token in the last layer before a head."""
 
 
 class Measured(Law):
@@ -176,7 +177,7 @@ class Measured(Law):
     def add(self, x: Tensor) -> Tensor:
         """Count the inputs in `x`, of any shape; returns the bin of each, in that shape. NaN or infinity: an error."""
         # the variance tells of NaN and infinity too; merged by Chan's formula, which is exact in pieces
-        spread, centre = (float(v) for v in torch.var_mean(x.double(), correction=0))
+        spread, centre = (float(v) for v in torch.var_mean(x.detach().double(), correction=0))
         if not isfinite(spread):
             raise OrthoactError("a measured law: expected finite inputs, got NaN or infinity; repair the model or data")
         number = x.numel()
@@ -185,13 +186,13 @@ class Measured(Law):
         self._spread += spread * number + shift**2 * self.count * number / total
         self.count = total
         unit = 2 * asinh(FAR / FINEST) / BINS
-        bins = ((x.float() / FINEST).asinh() / unit + (BINS / 2 + 1)).floor().clamp(0, BINS + 1).short()
+        bins = ((x.detach().float() / FINEST).asinh() / unit + (BINS / 2 + 1)).floor().clamp(0, BINS + 1).short()
         self.counts += _tally(bins)
         return bins
 
     def weigh(self, bins: Tensor, gradient: Tensor) -> None:
         """Add the squared gradients of the loss at inputs whose bins `add` has told; the shapes are the same."""
-        self.squares += _tally(bins, gradient.double() ** 2)
+        self.squares += _tally(bins, gradient.detach().double() ** 2)
 
     @property
     def mean(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -218,6 +219,8 @@ class Measured(Law):
                 f"a measured law: expected inputs that vary, all {self.count} are {self._mean:g}; give more data, or "
                 f"exclude the site"
             )
+        if not self.counts[1:-1].any():
+            raise OrthoactError(f"a measured law: all {self.count} inputs are beyond {FAR:g}; exclude the site")
 
     def share_outside(self, lo: float, hi: float) -> float:
         """Share of the inputs below `lo` or above `hi`, to the width of a bin."""
@@ -227,15 +230,14 @@ class Measured(Law):
     def nodes(self, reach: float = 9.0) -> tuple[np.ndarray, np.ndarray]:
         cell, edges = self.std / CELLS, _edges()
         seen = np.flatnonzero(self.counts[1:-1])
-        held = (edges[seen[0]], edges[seen[-1] + 1]) if len(seen) else (self.mean, self.mean)
         # 40 std hold whatever a fit can follow
-        start = max(min(self.mean - reach * self.std, held[0]), self.mean - 40 * self.std)
-        end = min(max(self.mean + reach * self.std, held[1]), self.mean + 40 * self.std)
+        start = max(min(self.mean - reach * self.std, edges[seen[0]]), self.mean - 40 * self.std)
+        end = min(max(self.mean + reach * self.std, edges[seen[-1] + 1]), self.mean + 40 * self.std)
         borders = cell * np.arange(floor(start / cell), ceil(end / cell) + 1)
 
         def spread(bins: np.ndarray) -> np.ndarray:
             mass = np.diff(np.interp(borders, edges, np.cumsum(bins[:-1])))
-            return gaussian_filter1d(mass / mass.sum(), SMOOTHING * CELLS, mode="constant", truncate=6)
+            return gaussian_filter1d(mass / (mass.sum() or 1.0), SMOOTHING * CELLS, mode="constant", truncate=6)
 
         w = spread(self.counts)
         if self.squares.any():
@@ -256,6 +258,7 @@ class Measured(Law):
 
     def histogram(self, cells: int = 64) -> dict[str, Any]:
         """The law in so many cells between its outermost inputs, for a report: density, and sensitivity per cell."""
+        self._check()
         edges = _edges()
         seen = np.flatnonzero(self.counts[1:-1])
         borders = np.linspace(edges[seen[0]], edges[seen[-1] + 1], cells + 1)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+from .variance import Moments, moments
 
 Array = Any  # a numpy array or a torch tensor: the formulas below are written once for both
 
@@ -50,9 +53,20 @@ class Family(ABC):
     def jacobian(self, parameters: list[Array], z: Array) -> tuple[list[Array], list[Array]]:
         """The derivatives of S and of S' at `z` with respect to each learnable number, each with the shape of `z`."""
 
+    @abstractmethod
     def variance_preserving(self, degree: int) -> list[float]:
-        """The numbers of a start for training from scratch, with E[F^2] = E[F'^2] = 1 under N(0, 1)."""
-        raise NotImplementedError
+        """The numbers of a start for training from scratch, with E[F^2] = E[F'^2] = 1 under N(0, 1).
+
+        A family names a shape and which numbers move its level and its scale; `variance.balance` does the rest.
+        """
+
+    def curve(self, parameters: list[float]) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+        """S and S' as one function of z."""
+        return lambda z: (self.evaluate(parameters, z), self.slope(parameters, z))
+
+    def moments(self, parameters: list[float]) -> Moments:
+        """The moments of S under N(0, 1): by quadrature, unless the family knows better."""
+        return moments(self.curve(parameters))
 
 
 class Linear(Family):

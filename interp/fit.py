@@ -125,6 +125,39 @@ def fit(
     return replace(_solve(problem), seconds=perf_counter() - start)
 
 
+def variance_preserving(family: str = "hermite", degree: int = 3) -> Fit:
+    """A start for training from scratch, a copy of nothing: E[F^2] = E[F'^2] = 1 under N(0, 1), see `variance`.
+
+    >>> variance_preserving("hermite", 2).coefficients
+    (0.5, 0.7071067811865475, -0.5)
+    """
+    start = perf_counter()
+    check_options(family, degree, "none", DERIVATIVE_WEIGHT)
+    return Fit(
+        target="variance-preserving",
+        family=family,
+        degree=degree,
+        tails="none",
+        coefficients=tuple(get_family(family).variance_preserving(degree)),
+        domain=Gaussian(tail=0.0),
+        derivative_weight=DERIVATIVE_WEIGHT,
+        location=0.0,
+        scale=1.0,
+        lo=-inf,
+        hi=inf,
+        jumps=(0.0, 0.0),
+        value_rms=0.0,
+        slope_rms=0.0,
+        value_max=0.0,
+        slope_max=0.0,
+        objective=0.0,
+        condition=1.0,
+        holds=(-inf, inf),
+        reason="E[F^2] = E[F'^2] = 1 under N(0, 1)",
+        seconds=perf_counter() - start,
+    )
+
+
 def check_options(family: str, degree: int, tails: str, derivative_weight: float) -> None:
     """Raise `OrthoactError` for options that no fit can have; cheap, for callers that want to know before they load."""
     degrees = get_family(family).degrees

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from math import pi
+from math import factorial, pi
 
 import numpy as np
 import torch
 
 from .family import Array, Separable
+from .variance import Moments, balance
 
 
 class Fourier(Separable):
@@ -38,7 +39,7 @@ class Fourier(Separable):
         return pi  # w = 1 is periodic on the core
 
     def starts(self, degree, z, w, f) -> list[list[float]]:
-        return [[frequency] for frequency in (0.75, 0.5)]
+        return [[frequency] for frequency in (0.8, 0.5)]
 
     def waves(self, shape: list[Array], z: Array, degree: int) -> tuple[list[Array], list[Array], list[Array]]:
         """Cosines and sines of each harmonic, and its frequency."""
@@ -88,6 +89,24 @@ class Fourier(Separable):
         """Derivatives by the learnable frequencies from those by the frequency of each harmonic."""
         return [sum((k + 1) * part for k, part in enumerate(by_frequency))]
 
+    def variance_preserving(self, degree: int) -> list[float]:
+        """The paper's a_k = b_k = c / k! and frequencies k, with the c and a_0 that are exact under N(0, 1)."""
+        waves = [1 / factorial(k) for k in range(1, degree + 1)]
+        shape = [float(k) for k in range(1, self.shape(degree) + 1)]
+        return balance(self, [0.0, *waves, *waves, *shape], slice(1), slice(2 * degree + 1))
+
+    def moments(self, parameters: list[float]) -> Moments:
+        level, cosines, sines, shape, degree = self.split(parameters)
+        w, a, b = np.array(self.waves(shape, np.zeros(()), degree)[2]), np.array(cosines), np.array(sines)
+        damp = np.exp(-(w**2) / 2)  # E[cos w x], the characteristic function
+        apart, together = (np.exp(-((w[:, None] + sign * w) ** 2) / 2) / 2 for sign in (-1, 1))
+        cc, ss = apart + together, apart - together  # E[cos cos] and E[sin sin]; E[cos sin] = 0
+        mean = level + a @ damp
+        square = level**2 + 2 * level * (a @ damp) + a @ cc @ a + b @ ss @ b
+        slope_square = (a * w) @ ss @ (a * w) + (b * w) @ cc @ (b * w)
+        bent = -(a * w**2) @ (level * damp + cc @ a) - (b * w**2) @ ss @ b  # E[F F'']
+        return Moments(float(mean), float(square), float(slope_square), float(slope_square + bent))
+
 
 class FreeFourier(Fourier):
     r"""$S(z) = a_0 + \sum_{k=1}^n a_k \cos \omega_k z + b_k \sin \omega_k z$: each harmonic has a frequency of its own.
@@ -111,7 +130,10 @@ class FreeFourier(Fourier):
         return degree
 
     def starts(self, degree, z, w, f) -> list[list[float]]:
-        return [[k * frequency for k in range(1, degree + 1)] for frequency in (0.75, 0.5)]
+        multiples = [[k * frequency for k in range(1, degree + 1)] for frequency in (0.8, 0.5)]
+        halves = [[(k - 0.5) * frequency for k in range(1, degree + 1)] for frequency in (1.0, 0.7)]
+        # a frequency near zero makes a straight line, and lets the others lie between the multiples
+        return [*multiples, *halves, *([0.05, *(0.5 + step * k for k in range(degree - 1))] for step in (0.75, 0.5))]
 
     def waves(self, shape, z, degree):
         angles = [frequency * z for frequency in shape]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from math import sqrt
+from math import factorial, sqrt
+
+import numpy as np
 
 from .family import Array, Linear
+from .variance import Moments, balance
 
 
 class Hermite(Linear):
@@ -56,3 +59,19 @@ class Hermite(Linear):
                 current = current - upper2 * sqrt((k + 1) / (k + 2))
             upper, upper2 = current, upper
         return upper
+
+    def variance_preserving(self, degree: int) -> list[float]:
+        r"""The paper's magnitudes $|a_k| = c$, $a_0^2 = c^2 (1 - 1/n!)$, $c^{-2} = \sum_{k<n} 1/k!$, with other signs.
+
+        Signs do not change E[F^2] and E[F'^2]. Those of the paper, all +, make a truncated $e^{x - 1/2}$, whose chi
+        tends to 2: a deep plain net overflows. With + + - - + + ... it is a truncated $\sqrt e (\cos x + \sin x)$,
+        whose second moment is the same for inputs of any variance: chi tends to 0.
+        """
+        shape = [(1, 1, -1, -1)[k % 4] / sqrt(factorial(k)) for k in range(degree + 1)]
+        return balance(self, [0.0, *shape[1:]], slice(1), slice(None))
+
+    def moments(self, parameters: list[float]) -> Moments:
+        c, k = np.array(parameters), np.arange(len(parameters))
+        slope_square = float(k @ c**2)
+        bent = float(np.sqrt(k[2:] * k[1:-1]) @ (c[2:] * c[:-2]))  # E[F F'']
+        return Moments(float(c[0]), float(c @ c), slope_square, slope_square + bent)

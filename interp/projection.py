@@ -8,12 +8,14 @@ the shape and joints found.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.optimize import least_squares
 
 from .family import Separable
+from .joints import Objective
 from .problem import Problem, Side
 
 EQUALITY = 1e3
@@ -22,8 +24,11 @@ EQUALITY = 1e3
 ROUNDING = 1e-7
 """Weight of a row that keeps a coefficient small: what rounding it to float32 adds to the error."""
 
-TRIED = 3
-"""How many of the starts are improved, the best ones first; one where the shape is a single number."""
+RADII = (1.6, 2.4, 3.5, 5.0)
+"""Distances of each joint from the centre of the target's curvature that the search starts from, in its spread."""
+
+TRIED = 7
+"""How many of the starts are improved, the best ones first."""
 
 ROUGH, FINE = 1e-2, 1e-4
 """The relative change of J below which the improvement of a start, and of the best of them, ends."""
@@ -185,26 +190,43 @@ class Found:
 
 
 def search(p: Problem, sides: tuple[Side, Side]) -> Found:
-    """Shape and joints of least J: from each pair of joints the best start, and the best of these improved."""
-    family = p.family
-    assert isinstance(family, Separable)
-    starts = []
-    for lo, hi in _joints(p, sides):
-        location, half = ((lo + hi) / 2, (hi - lo) / 2) if p.tails == "linear" else (p.domain.mean, 4 * p.domain.std)
-        location, scale = float(np.float32(location)), float(np.float32(half / family.reach(p.degree)))
-        projection = Projection(p, sides, location, scale)
-        core = (p.x >= location - half) & (p.x <= location + half)
-        shapes = family.starts(p.degree, (p.x[core] - location) / scale, p.w[core], p.f[core])
-        alphas = [projection.pack(shape, lo, hi) for shape in shapes]
-        values = [projection.objective(alpha) for alpha in alphas]
-        best = int(np.argmin(values))
-        starts.append((values[best], projection, alphas[best]))
-    starts = sorted(starts, key=lambda s: s[0])[: min(TRIED, family.shape(p.degree))]
+    """Shape and joints of least J: the best of several starts, each improved a little, is improved to the end."""
+    starts = sorted(_starts(p, sides), key=lambda start: start[0])[:TRIED]
     value, projection, alpha = min((improve(of, at, ROUGH) for _, of, at in starts), key=lambda r: r[0])
     # numbers that cancel each other are worth a thousandth of the error, not the rounding of the copy
     projection.rounding = max(ROUNDING, 1e-3 * value**0.5)
     _, projection, alpha = improve(projection, alpha, FINE)
     return Found(*projection.unpack(alpha), projection.location, projection.scale, projection.rounding)
+
+
+def _starts(p: Problem, sides: tuple[Side, Side]) -> Iterator[tuple[float, Projection, np.ndarray]]:
+    """J, projection and alpha to start from: of each pair of joints the best shape, or of each shape the best pair."""
+    family = p.family
+    assert isinstance(family, Separable)
+    lo, hi = _joints(p, sides)
+
+    def projection(i: int) -> Projection:
+        half = float(np.float32((hi[i] - lo[i]) / 2 / family.reach(p.degree)))
+        return Projection(p, sides, float(np.float32((lo[i] + hi[i]) / 2)), half)
+
+    shapes = []
+    for start, end in zip(lo, hi, strict=True):
+        core = (p.x >= start) & (p.x <= end)
+        z = (p.x[core] - (start + end) / 2) / ((end - start) / 2) * family.reach(p.degree)
+        shapes.append(family.starts(p.degree, z, p.w[core], p.f[core]))
+    if p.tails == "linear" and all(found == shapes[0] for found in shapes):
+        objective = Objective(p, sides)
+        for shape in shapes[0]:  # whatever the core, so that all pairs are judged at once
+            values = objective.of(shape)(lo, hi)
+            best = int(np.argmin(values))
+            yield float(values[best]), (of := projection(best)), of.pack(shape, lo[best], hi[best])
+    else:
+        for i in range(len(lo)):
+            of = projection(i)
+            alphas = [of.pack(shape, lo[i], hi[i]) for shape in shapes[i]]
+            values = [of.objective(alpha) for alpha in alphas]
+            best = int(np.argmin(values))
+            yield values[best], of, alphas[best]
 
 
 def improve(projection: Projection, alpha: np.ndarray, tolerance: float) -> tuple[float, Projection, np.ndarray]:
@@ -222,19 +244,18 @@ def improve(projection: Projection, alpha: np.ndarray, tolerance: float) -> tupl
     return 2 * found.cost, projection, found.x
 
 
-def _joints(p: Problem, sides: tuple[Side, Side]) -> list[tuple[float, float]]:
-    """Pairs of joints to start from: around the target's curvature, at several distances; kinks stay."""
+def _joints(p: Problem, sides: tuple[Side, Side]) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of joints to start from, around the target's curvature; fixed ones stay, and without tails there is one."""
     if p.tails == "none":
-        return [(-np.inf, np.inf)]
+        lo, hi = p.four_deviations()
+        return np.array([lo]), np.array([hi])
     centre, spread = p.bend()
     if p.is_symmetric():
         centre = 0.0
-    fixed = [side.joint for side in sides]
-    if fixed[0] is not None and fixed[1] is not None:
-        return [(fixed[0], fixed[1])]
-    found = []
-    for radius in (1.5, 2.2, 3.0, 4.0, 5.5):
-        lo = fixed[0] if fixed[0] is not None else max(centre - radius * spread, p.ends[0])
-        hi = fixed[1] if fixed[1] is not None else min(centre + radius * spread, p.ends[1])
-        found.append((lo, hi))
-    return found
+    ends = []
+    for side, sign in zip(sides, (-1, 1), strict=True):
+        fine = np.array(RADII) if all(s.joint is None for s in sides) else np.geomspace(1.2, 8, 9)
+        free = np.clip(centre + sign * spread * fine, *p.ends)
+        ends.append(free if side.joint is None else np.array([side.joint]))
+    lo, hi = (part.ravel() for part in np.meshgrid(*ends, indexing="ij"))
+    return lo, hi

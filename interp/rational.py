@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from math import factorial
+
 import numpy as np
 from scipy.optimize import nnls
 
 from .family import Array, Separable
+from .variance import balance
 
 
 class Rational(Separable):
@@ -108,6 +111,12 @@ class Rational(Separable):
             values.append(-value * by / d**2)
             slopes.append((2 * value * d_slope * by / d - slope * by - value * slope_by) / d**2)
         return values, slopes
+
+    def variance_preserving(self, degree: int) -> list[float]:
+        r"""$(p_0 + c (z - z^2 / 2)) / (1 + \sum_{j = 2, 4, \dots} z^j / j!)$: even j alone: a smooth start."""
+        numerator = [0.0, 1.0, -0.5] + [0.0] * (degree - 2)
+        shape = [0.0 if j % 2 else 1 / factorial(j) for j in range(1, degree)]
+        return balance(self, numerator + shape, slice(1), slice(degree + 1))
 
 
 class SumRational(Rational):

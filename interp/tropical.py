@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from scipy.special import ndtri
 
 from .family import Array, Piecewise
+from .variance import balance
 
 
 class Tropical(Piecewise):
@@ -63,6 +65,11 @@ class Tropical(Piecewise):
             offsets.append(offsets[-1] - jump * kink)
         return [float(v) for v in offsets + slopes]
 
+    def variance_preserving(self, degree: int) -> list[float]:
+        """Slopes in equal steps from zero; each piece is the largest for an n-th of N(0, 1), the outer two for half."""
+        shape = self.from_kinks((0.0, 0.0), _quantiles(degree), np.ones(degree))
+        return balance(self, shape, slice(degree + 1), slice(None))
+
 
 class TropicalRational(Piecewise):
     r"""$S(z) = t + s z + \sum_{i=1}^n c_i \max(z - k_i, 0)$, a difference of two tropical polynomials.
@@ -110,6 +117,18 @@ class TropicalRational(Piecewise):
 
     def from_kinks(self, start, kinks, jumps) -> list[float]:
         return [float(v) for v in (start[1], start[0], *jumps, *kinks)]
+
+    def variance_preserving(self, degree: int) -> list[float]:
+        """A staircase: the slope rises from zero over the lower half of N(0, 1) and falls back over the upper half."""
+        up = (degree + 1) // 2
+        jumps = [1 / up] * up + [-1 / (degree - up or 1)] * (degree - up)
+        shape = self.from_kinks((0.0, 0.0), _quantiles(degree), np.array(jumps))
+        return balance(self, shape, slice(1), slice(degree + 2))
+
+
+def _quantiles(n: int) -> np.ndarray:
+    """Kinks that share N(0, 1) evenly."""
+    return ndtri((np.arange(n) + 0.5) / n)
 
 
 def _maximum(a: Array, b: Array) -> Array:

@@ -294,7 +294,7 @@ def spread(items: list[str], count: int) -> list[str]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def fashion(out: Path, work: Path) -> None:
+def fashion(out: Path, work: Path, first: int = 0, count: int = 256) -> None:
     """The first 256 test images of Fashion-MNIST as PNG files, a folder a class."""
     import numpy as np
     from PIL import Image
@@ -303,14 +303,20 @@ def fashion(out: Path, work: Path) -> None:
     raw = {kind: gzip.decompress(next(folder.glob(f"t10k-{kind}*.gz")).read_bytes()) for kind in ("images", "labels")}
     images = np.frombuffer(raw["images"], np.uint8, offset=16).reshape(-1, 28, 28)
     labels = np.frombuffer(raw["labels"], np.uint8, offset=8)
-    for i, (image, label) in enumerate(zip(images[:256], labels[:256], strict=True)):
-        path = out / f"{label}_{CLASSES[label]}" / f"{i:05d}.png"
+    for i in range(first, first + count):
+        path = out / f"{labels[i]}_{CLASSES[labels[i]]}" / f"{i:05d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
+        Image.fromarray(images[i]).save(path)
+
+
+def fashion_more(out: Path, work: Path) -> None:
+    """The next 128 of them, to calibrate on."""
+    fashion(out, work, 256, 128)
 
 
 ITEMS = {  # in the order of preparation: dinov2-timm needs fashion and dinov2-hf
     "fashion": fashion,
+    "fashion-more": fashion_more,
     "english.txt": english,
     "sentences.txt": sentences,
     "minilm": minilm,

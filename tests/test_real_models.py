@@ -7,6 +7,7 @@ import real_models
 import torch
 
 import orthoact
+from orthoact.convert.calibrate import calibrate_on
 from orthoact.convert.checkpoint import save
 from orthoact.convert.fidelity import evaluate
 from orthoact.convert.sources import load_source
@@ -40,6 +41,25 @@ def test_dinov2(item, degree, mean):
     data = real_models.require("fashion")
     result = evaluate(converted(item, degree), data=data)
     assert result["images"] == 256 and result["cosine_mean"] >= mean, result
+
+
+@pytest.mark.parametrize(("degree", "kl"), [(4, 1.8e-2), (6, 6e-3), (8, 1.8e-4), (12, 1.1e-5)])
+def test_smollm2_calibrated(degree, kl, calibrated):
+    source, laws = calibrated
+    orthoact.convert_(source.model, degree=degree, domains=laws)
+    result = evaluate(source, data=real_models.require("english.txt"), limit=2048)
+    orthoact.revert_(source.model)
+    assert result["tokens"] == 2048 and result["kl"] <= kl, result
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    """SmolLM2 and the laws of its sites on text that is not measured."""
+    source = load_source(str(real_models.require("smollm2")), dtype="float32")
+    text = real_models.require("english.txt").read_text()
+    rest = tmp_path_factory.mktemp("calibration") / "rest.txt"
+    rest.write_text(text[2 * len(text) // 3 :])
+    return source, calibrate_on(source, orthoact.find_sites(source.model), rest)
 
 
 @pytest.mark.parametrize("item", ["minilm", "smollm2", "dinov2-hf", "dinov2-timm"])
