@@ -52,7 +52,8 @@ def cell(target: str, family: Family, size: int) -> str:
         return "convex"
     values = [number(result.value_rms), number(result.slope_rms)]
     text = values[0] if values[0] == values[1] else " / ".join(values)
-    return f"({text})" if family.name == "tropical" and "not convex" in result.reason else text
+    bent = family.name == "tropical" and text != "exact" and "not convex" in result.reason
+    return f"({text})" if bent else text
 
 
 def row(target: str, size: int) -> str:

@@ -137,6 +137,17 @@ def test_better_than_a_straight_line(family, target):
     assert result.value_rms <= share * spread + 1e-6, f"{result.value_rms:.1e}; a line misses by {spread:.1e}"
 
 
+@pytest.mark.parametrize(
+    "target", [pytest.param(name, marks=() if name in SOME else pytest.mark.long) for name in TARGETS]
+)
+def test_a_difference_of_maxima_is_no_worse_than_one(target):
+    for degree in (3, DEGREE):
+        one, two = (copied(target, family, degree) for family in ("tropical", "tropical-rational"))
+        assert two.objective <= 1.05 * one.objective + 1e-12, (
+            f"degree {degree}: {two.objective:.3e}, {one.objective:.3e}"
+        )
+
+
 BARS = {
     **{("hermite", n): bar for n, bar in ((8, (9e-4, 4.2e-3)), (12, (7.5e-5, 4.4e-4)), (16, (7e-6, 4.6e-5)))},
     **{("fourier", 4): (5.8e-4, inf), ("fourier", 8): (2e-6, inf)},
