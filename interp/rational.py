@@ -41,7 +41,8 @@ class Rational(Separable):
 
     def starts(self, degree: int, z: np.ndarray, w: np.ndarray, f: np.ndarray) -> list[list[float]]:
         every, even = range(1, degree), range(2, degree, 2)
-        return [self.linearised(degree, z, w, f, powers) for powers in ([every, even] if even else [every])]
+        found = [self.linearised(degree, z, w, f, powers) for powers in ([every, even] if even else [every])]
+        return [*found, [0.0] * (degree - 1)]  # the last is exact where the target is a straight line
 
     def linearised(self, degree: int, z: np.ndarray, w: np.ndarray, f: np.ndarray, powers: range) -> list[float]:
         """The shape of the least P - f D over D as it was before, four times (Sanathanan and Koerner, 1963)."""

@@ -234,6 +234,8 @@ def _from_callable(function: Callable[[Tensor], Tensor]) -> Target:
         )
     if not (np.isfinite(values).all() and np.isfinite(slopes).all()):
         raise OrthoactError(f"target {name!r} is not finite on [-1000, 1000]: give a function that is")
+    if np.ptp(values) > 0 and not slopes.any():
+        raise OrthoactError(f"target {name!r} is not differentiable: its values vary, its slopes by autograd are zero")
     return Target(name, function, _line(grid[:3][::-1], values[:3][::-1]), _line(grid[-3:], values[-3:]))
 
 

@@ -4,8 +4,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
+from time import process_time
 
 import pytest
+
+from orthoact.interp import FAMILIES, fit
 
 COST = Path(__file__).parent.parent / "benchmarks" / "cost.py"
 
@@ -18,3 +22,17 @@ def test_a_conversion_is_cheap():
     assert cost["peak"] < 1.2, cost
     assert all(ms < 10 for name, ms in cost["fit_one_ms"].items() if "mish" not in name), cost
     assert cost["fit_one_ms"]["mish 12"] < 30, "joints that are not symmetric are searched in two dimensions"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("numbers", [9, 17])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fit_is_cheap(family, numbers):
+    """Milliseconds of one core for GELU, at about so many learnable numbers."""
+    degree = min(FAMILIES[family].degrees, key=lambda n: abs(FAMILIES[family].size(n) - numbers))
+    taken = []
+    for _ in range(7):
+        start = process_time()
+        fit("gelu", family=family, degree=degree)
+        taken.append(1e3 * (process_time() - start))
+    assert median(taken) <= (10 if family in ("hermite", "fourier") else 300), taken

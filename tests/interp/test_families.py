@@ -16,6 +16,7 @@ import orthoact
 from orthoact.cli import main
 from orthoact.interp import FAMILIES, Activation, Family, OrthoactError, fit, get_family
 from orthoact.interp.family import Linear, Piecewise, Separable
+from orthoact.interp.variance import balance
 
 # He_0 .. He_9, lowest power first
 TABLE = [
@@ -397,6 +398,9 @@ class Chebyshev(Linear):
             values.append(2 * z * values[-1] - values[-2])
         return values[: degree + 1]
 
+    def variance_preserving(self, degree):
+        return balance(self, [0.0, 1.0, *[0.3] * (degree - 1)], slice(1), slice(None))
+
     def slopes(self, z, degree):
         second = [z * 0 + 1, 2 * z]  # T_k' = k U_(k-1)
         for _ in range(1, degree):
@@ -420,6 +424,9 @@ class Bumps(Separable):
 
     def reach(self, degree):
         return 3.0
+
+    def variance_preserving(self, degree):
+        return balance(self, [0.0, 1.0, *[0.5] * degree, *np.linspace(-1, 1, degree)], slice(1), slice(degree + 2))
 
     def starts(self, degree, z, w, f):
         return [list(np.linspace(-2, 2, degree)), list(np.linspace(-1, 1, degree))]
