@@ -13,7 +13,7 @@ from orthoact.interp import FAMILIES, TARGETS, Activation, Fit, Gaussian, Orthoa
 from orthoact.interp.family import Linear, Piecewise, Separable
 
 DEGREE = 5
-SOME = ("gelu", "silu", "mish", "tanh", "relu", "relu6", "hardswish", "elu", "softplus", "relu2", "xielu", "hardshrink")
+SOME = ("gelu", "mish", "tanh", "relu6", "elu", "relu2", "hardshrink")
 """Targets with every kind of ends and kinks, for the quick run; the long one takes them all."""
 BY_KINKS = [name for name, family in FAMILIES.items() if isinstance(family, Piecewise)]
 BY_JOINTS = [name for name in FAMILIES if name not in BY_KINKS]
@@ -165,7 +165,7 @@ def test_gelu_is_as_good_as_in_the_sketches(family, degree):
     assert result.slope_rms <= slope, f"slope {result.slope_rms:.2e}"
 
 
-@pytest.mark.parametrize("target", ["gelu", "tanh"])
+@pytest.mark.parametrize("target", ["gelu", pytest.param("tanh", marks=pytest.mark.long)])
 @each
 def test_more_numbers_are_no_worse(family, target):
     values = [copied(target, family, degree).objective for degree in (3, 5, 8) if degree in FAMILIES[family].degrees]
@@ -228,7 +228,9 @@ def moved(target: str, mean: float, std: float) -> Target:
     )
 
 
-@pytest.mark.parametrize("target", ["gelu", "mish", "elu", "tanh", "relu2"])
+@pytest.mark.parametrize(
+    "target", ["gelu", "tanh", *(pytest.param(name, marks=pytest.mark.long) for name in ("mish", "elu", "relu2"))]
+)
 @pytest.mark.parametrize(("mean", "std"), [(1.5, 0.3), (-40.0, 7.0)])
 @each
 def test_units_do_not_matter(family, target, mean, std):
@@ -250,7 +252,7 @@ def test_units_do_not_matter(family, target, mean, std):
     np.testing.assert_allclose(module, got, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("target", ["gelu", "silu", "relu"])
+@pytest.mark.parametrize("target", ["gelu", *(pytest.param(name, marks=pytest.mark.long) for name in ("silu", "relu"))])
 @each
 def test_a_copy_of_the_target_itself_for_any_law(family, target):
     """GELU where the inputs of a site really are: beside its bend, or far from it."""
@@ -374,7 +376,7 @@ def test_gradient_of_the_input(family, target):
     np.testing.assert_allclose(x.grad.numpy(), result(at)[1], rtol=5e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("target", ["gelu", "mish", "relu6", "softsign"])
+@pytest.mark.parametrize("target", ["gelu", "mish", "relu6"])
 @each
 def test_gradient_of_theta(family, target):
     """Against differences of the float64 reference at numbers that have moved, tails included."""
@@ -426,7 +428,7 @@ def test_files_hold_all_of_it(family):
     assert torch.equal(fresh(x), full(x))
 
 
-@pytest.mark.parametrize("rate", [1e-3, 1e-2])
+@pytest.mark.parametrize("rate", [1e-2, pytest.param(1e-3, marks=pytest.mark.long)])
 @each
 def test_learning_is_steady(family, rate):
     """Adam on theta turns GELU towards tanh, with no step that ruins what was there."""
