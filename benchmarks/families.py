@@ -12,12 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 from fidelity import HERE, MODELS, measure
 
 from orthoact import FAMILIES, OrthoactError
 
 SIZES = (5, 9, 17)
+MOST = {"SmolLM2-135M": 1024, "DINOv2 ViT-S (transformers)": 128}
+"""Tokens or images where all that `fidelity` measures on would take long."""
+UNITS = ("tokens", "texts", "images")
 
 
 def degree(family: str, size: int) -> int:
@@ -37,8 +41,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [name for name in MODELS if "timm" not in name]  # the same weights as in transformers
     parser.add_argument("--models", nargs="+", choices=names, default=names)
+    parser.add_argument("--output", type=Path, default=HERE / "families")
     args = parser.parse_args()
-    file = HERE / "families.json"
+    file = args.output.with_suffix(".json")
     rows: list[dict] = json.loads(file.read_text()) if file.exists() else []
     rows = [row for row in rows if row["model"] not in args.models]
     for name in args.models:
@@ -46,14 +51,16 @@ def main() -> None:
             for size in SIZES:
                 kept = {"model": name, "family": family, "size": size, "degree": degree(family, size)}
                 try:
-                    found = measure(name, [kept["degree"]], family=family)
+                    found = measure(name, [kept["degree"]], most=MOST.get(name), family=family)
                 except OrthoactError as error:
                     rows.append(kept | {"reason": str(error)})
                     continue
                 rows += [row | kept for row in found]
         file.write_text(json.dumps(rows, indent=1) + "\n")
     measured = [name for name in names if any(row["model"] == name for row in rows)]
-    lines = ["| family | numbers | " + " | ".join(measured) + " |", "|---" * (2 + len(measured)) + "|"]
+    on = [next(f"{r[u]:,} {u}" for r in rows if r["model"] == n for u in UNITS if u in r) for n in measured]
+    heads = [f"{name}, {what}" for name, what in zip(measured, on, strict=True)]
+    lines = ["| family | numbers | " + " | ".join(heads) + " |", "|---" * (2 + len(measured)) + "|"]
     for family in FAMILIES:
         for size in SIZES:
             n = FAMILIES[family].size(degree(family, size))
@@ -61,7 +68,7 @@ def main() -> None:
             lines.append(f"| {family} {degree(family, size)} | {n} | " + " | ".join(cells) + " |")
     refused = {f"{r['family']} {r['degree']}: {r['reason']}" for r in rows if "reason" in r}
     text = "\n".join([*lines, "", *sorted(refused)]).rstrip() + "\n"
-    (HERE / "families.md").write_text(text)
+    args.output.with_suffix(".md").write_text(text)
     print(text)
 
 

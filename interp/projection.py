@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 from scipy.optimize import least_squares
@@ -31,11 +31,11 @@ RADII = (1.5, 6.0)
 SHIFTS = (0.0, 0.4, -0.4, 0.7)
 """Where z = 0 may lie in the core to start from, in half its length; one side will do where all is symmetric."""
 
-TRIED = 12
-"""How many of the starts are improved, the best ones first."""
+RACE = ((12, 8), (5, 30))
+"""How many starts are improved, by how many steps: first the ten best ones a little, then six of them more."""
 
-ROUGH, FINE = 2e-2, 1e-4
-"""The relative change of J below which the improvement of a start, and of the best of them, ends."""
+FINAL = 2
+"""How many are improved to the end."""
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Projection:
         self.linear = self.family.size(problem.degree) - self.shapes
         self.free = [problem.tails == "linear" and side.joint is None for side in sides]
         self.root = np.sqrt(problem.w), np.sqrt(problem.weight * problem.w)
-        self.rounding, self.last = ROUNDING, None
+        self.rounding, self.last, self.ended = ROUNDING, None, False
 
     def unpack(self, alpha: np.ndarray) -> tuple[list[float], float, float]:
         """Shape and joints."""
@@ -207,59 +207,74 @@ class Found:
 
 
 def search(p: Problem, sides: tuple[Side, Side]) -> Found:
-    """Shape and joints of least J: the best of several starts, each improved a little, is improved to the end."""
-    kinds: dict[int, list[tuple[float, Projection, np.ndarray]]] = {}
-    for kind, value, projection, alpha in _starts(p, sides):
-        kinds.setdefault(kind, []).append((value, projection, alpha))
-    starts = [start for k in kinds.values() for start in sorted(k, key=lambda s: s[0])[: -(-TRIED // len(kinds))]]
-    value, projection, alpha = min((improve(of, at, ROUGH) for _, of, at in starts), key=lambda r: r[0])
-    # numbers that cancel each other are worth a thousandth of the error, not the rounding of the copy
-    projection.rounding = max(ROUNDING, 1e-3 * value**0.5)
-    _, projection, alpha = improve(projection, alpha, FINE)
+    """Shape and joints of least J: a race of several starts, in which fewer and fewer are improved more and more."""
+    assert isinstance(p.family, Separable)
+    racers = sorted(_starts(p, sides), key=lambda start: start[0])
+    apart = [True] + [b[0] > a[0] * (1 + 1e-6) for a, b in pairwise(racers)]  # alike in J: the same start twice
+    racers = [start for start, new in zip(racers, apart, strict=True) if new]
+    for kept, steps in RACE if p.family.shape(p.degree) > 1 else ((1, 60),):  # one number has one valley
+        racers = sorted((improve(*start[1:], steps) for start in racers[:kept]), key=lambda start: start[0])
+    for value, projection, _ in racers[:FINAL]:
+        # numbers that cancel each other are worth a thousandth of the error, not the rounding of the copy
+        projection.rounding = max(ROUNDING, 1e-3 * value**0.5)
+    finals = (improve(*start[1:], 100, again=True) for start in racers[:FINAL])
+    _, projection, alpha = min(finals, key=lambda start: start[0])
     return Found(*projection.unpack(alpha), projection.centre(alpha), projection.scale, projection.rounding)
 
 
-def _starts(p: Problem, sides: tuple[Side, Side]) -> Iterator[tuple[int, float, Projection, np.ndarray]]:
-    """Which of the family's shapes it is, J, projection and alpha of each start."""
+def _starts(p: Problem, sides: tuple[Side, Side]) -> Iterator[tuple[float, Projection, np.ndarray]]:
+    """J, projection and alpha of each start."""
     family = p.family
     assert isinstance(family, Separable)
     pairs = _joints(p, sides)
-    shapes, projections = [], []
     shifts = (SHIFTS[:2] if p.is_symmetric() else SHIFTS) if family.centred else (0.0,)
-    for lo, hi in pairs:
-        half, core = (hi - lo) / 2, (p.x >= lo) & (p.x <= hi)
-        for shift in shifts:
-            location = float(np.float32((lo + hi) / 2 + shift * half))
-            of = Projection(p, sides, location, float(np.float32(half / family.reach(p.degree))))
-            projections.append(of)
-            shapes.append(family.starts(p.degree, (p.x[core] - location) / of.scale, p.w[core], p.f[core]))
+
+    def start(lo: float, hi: float, shift: float = 0.0) -> Projection:
+        half = (hi - lo) / 2
+        location, scale = np.float32((lo + hi) / 2 + shift * half), np.float32(half / family.reach(p.degree))
+        return Projection(p, sides, float(location), float(scale))
+
+    cores = [(lo, hi, start(lo, hi, shift)) for lo, hi in pairs for shift in shifts]
+    shapes = []
+    for lo, hi, of in cores:
+        core = (p.x >= lo) & (p.x <= hi)
+        shapes.append(family.starts(p.degree, (p.x[core] - of.location) / of.scale, p.w[core], p.f[core]))
     if p.tails == "linear" and all(found == shapes[0] for found in shapes):
         lo, hi = np.array(pairs).T
         objective = Objective(p, sides)
-        for kind, shape in enumerate(shapes[0]):  # whatever the core, so that all pairs are judged at once
+        for shape in shapes[0]:  # whatever the core, so that all pairs are judged at once
             values = objective.of(shape)(lo, hi)
             best = int(np.argmin(values))
-            of = projections[best]
-            yield kind, float(values[best]), of, of.pack(shape, lo[best], hi[best])
+            of = start(*pairs[best])
+            yield float(values[best]), of, of.pack(shape, *pairs[best])
         return
-    for i, of in enumerate(projections):
-        for kind, shape in enumerate(shapes[i]):
-            alpha = of.pack(shape, *pairs[i * len(pairs) // len(projections)])
-            yield kind, of.objective(alpha), of, alpha
+    for (lo, hi, of), found in zip(cores, shapes, strict=True):
+        for shape in found:
+            of = Projection(p, sides, of.location, of.scale)
+            alpha = of.pack(shape, lo, hi)
+            yield of.objective(alpha), of, alpha
 
 
-def improve(projection: Projection, alpha: np.ndarray, tolerance: float) -> tuple[float, Projection, np.ndarray]:
-    """J at the end of Levenberg and Marquardt's way from `alpha`, and where that is."""
+def improve(
+    projection: Projection, alpha: np.ndarray, steps: int, again: bool = False
+) -> tuple[float, Projection, np.ndarray]:
+    """J after so many of Levenberg and Marquardt's steps from `alpha`, or where they end, and where that is.
+
+    Where they have ended before nothing is done, unless `again`.
+    """
+    if projection.ended and not again:
+        return projection.objective(alpha), projection, alpha
     projection.last = None  # its rounding may have changed
     found = least_squares(
         projection.residual,
         alpha,
         projection.jacobian,  # pyright: ignore[reportArgumentType]
         method="lm",
-        ftol=tolerance,
-        xtol=tolerance / 100,
-        max_nfev=60,
+        ftol=1e-4,
+        xtol=1e-6,
+        max_nfev=steps,
     )
+    projection.ended = found.status > 0
     return 2 * found.cost, projection, found.x
 
 
@@ -270,7 +285,7 @@ def _joints(p: Problem, sides: tuple[Side, Side]) -> list[tuple[float, float]]:
     centre, spread = p.bend()
     free = [side.joint is None for side in sides]
     if p.is_symmetric():
-        return [(max(-r * spread, p.ends[0]), min(r * spread, p.ends[1])) for r in np.geomspace(*RADII, 6).tolist()]
+        return [(max(-r * spread, p.ends[0]), min(r * spread, p.ends[1])) for r in np.geomspace(*RADII, 8).tolist()]
     ends = []
     for side, sign in zip(sides, (-1, 1), strict=True):
         radii = np.geomspace(*RADII, 3 if all(free) else 6)
