@@ -75,7 +75,7 @@ def ladder(
     can be fitted with so few numbers.
 
     >>> [f.parameters for f in ladder("gelu", most=9)]
-    [3, 5, 7, 9]
+    [3, 4, 5, 6, 7, 9]
     """
     rungs: list[Fit] = []
     refusal = None
