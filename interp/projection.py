@@ -31,11 +31,8 @@ RADII = (1.5, 6.0)
 SHIFTS = (0.0, 0.4, -0.4, 0.7)
 """Where z = 0 may lie in the core to start from, in half its length; one side will do where all is symmetric."""
 
-RACE = ((12, 8), (5, 30))
-"""How many starts are improved, by how many steps: first the ten best ones a little, then six of them more."""
-
-FINAL = 2
-"""How many are improved to the end."""
+RACE = ((10, 8), (3, 25))
+"""How many starts are improved, by how many steps: first the best ones a little, then a few more; one to the end."""
 
 
 @dataclass
@@ -214,11 +211,10 @@ def search(p: Problem, sides: tuple[Side, Side]) -> Found:
     racers = [start for start, new in zip(racers, apart, strict=True) if new]
     for kept, steps in RACE if p.family.shape(p.degree) > 1 else ((1, 60),):  # one number has one valley
         racers = sorted((improve(*start[1:], steps) for start in racers[:kept]), key=lambda start: start[0])
-    for value, projection, _ in racers[:FINAL]:
-        # numbers that cancel each other are worth a thousandth of the error, not the rounding of the copy
-        projection.rounding = max(ROUNDING, 1e-3 * value**0.5)
-    finals = (improve(*start[1:], 100, again=True) for start in racers[:FINAL])
-    _, projection, alpha = min(finals, key=lambda start: start[0])
+    value, projection, alpha = racers[0]
+    # numbers that cancel each other are worth a thousandth of the error, not the rounding of the copy
+    projection.rounding = max(ROUNDING, 1e-3 * value**0.5)
+    _, projection, alpha = improve(projection, alpha, 100, again=True)
     return Found(*projection.unpack(alpha), projection.centre(alpha), projection.scale, projection.rounding)
 
 

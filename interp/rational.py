@@ -103,14 +103,16 @@ class Rational(Separable):
         p, q = self.split(parameters)
         d, d_slope, d_by, d_slope_by = self.denominator(q, z)
         value, slope = _horner(p, z), _horner(_derivative(p), z)
-        values, slopes, power, lower = [], [], 1 / d, z * 0
+        values, slopes, power, lower, steep = [], [], 1 / d, z * 0, d_slope / d
         for k in range(len(p)):  # z^k / D and its derivative
             values.append(power)
-            slopes.append(k * lower - power * d_slope / d)
+            slopes.append(k * lower - power * steep)
             power, lower = power * z, power
+        outer = value / d**2
+        inner = 2 * outer * steep - slope / d**2
         for by, slope_by in zip(d_by, d_slope_by, strict=True):
-            values.append(-value * by / d**2)
-            slopes.append((2 * value * d_slope * by / d - slope * by - value * slope_by) / d**2)
+            values.append(-outer * by)
+            slopes.append(inner * by - outer * slope_by)
         return values, slopes
 
     def variance_preserving(self, degree: int) -> list[float]:
