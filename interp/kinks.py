@@ -127,8 +127,10 @@ def search_kinks(p: Problem) -> tuple[list[float], float, float, float, float, s
             )
         if p.degree == 1 and turn == 0 and shift != 0:
             raise p.cannot_meet()
-    _, kinks, u = best_kinks(p, tables, p.degree)
-    if family.convex and len(kinks) < p.degree:
+    value, kinks, u = best_kinks(p, tables, p.degree)
+    if value < 1e-12 * (1 + tables.square):
+        reason = "exact: the target is piecewise straight"
+    elif family.convex and len(kinks) < p.degree:
         reason = f"{len(kinks)} kinks are the best convex copy: the target is not convex"
     kinks, jumps = fill(p.degree, kinks, u[2:], family.convex)
     location, scale = float(np.float32(tables.mean)), float(np.float32(tables.std))
@@ -164,6 +166,8 @@ def best_kinks(p: Problem, tables: Tables, n: int) -> tuple[float, np.ndarray, n
         bend = np.maximum(np.diff(tables.d), 0) / tables.step
     powers = (0.2,) if p.family.convex else (0.2, 1 / 3, 0.12)
     starts = [tables.spread(n, power, bend) for power in powers]
+    if not p.family.convex and (up := np.maximum(np.diff(tables.d), 0)).any():  # as if convex
+        starts.append(tables.spread(n, 0.2, up / tables.step))
     if p.target.kinks and n > len(p.target.kinks):
         smooth = np.minimum(bend, np.quantile(bend[bend > 0], 0.99)) if (bend > 0).any() else bend
         rest = tables.spread(n - len(p.target.kinks), 0.2, smooth)
