@@ -22,7 +22,7 @@ def search_joints(p: Problem, sides: tuple[Side, Side]) -> tuple[float, float]:
     centre, spread = p.bend()
     symmetric = p.is_symmetric() and p.degree > 3  # at low degrees one side may be worth more than the other
     if symmetric:
-        centre = 0.0
+        centre = p.domain.mean
     least, most = p.ends
     left, right = p.target.left, p.target.right
     if p.degree == 2 and left and right and left[0] != right[0]:

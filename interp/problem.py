@@ -67,14 +67,16 @@ class Problem:
         return centre, float(np.sqrt(bend @ (middle - centre) ** 2 / mass)) or self.domain.std
 
     def is_symmetric(self) -> bool:
-        """Whether the best joints lie at +-R: a law that is even, and a target that is even or odd but for a line."""
-        if self.domain.mean != 0 or self.target.kinks or np.abs(self.w - self.w[::-1]).max() > 1e-9 * self.w.max():
+        """Whether the best joints lie at mean +- R: law and target are symmetric there, the target but for a line."""
+        t = self.x - self.domain.mean
+        level = np.abs(self.w - self.w[::-1]).max() < 1e-9 * self.w.max()
+        if self.target.kinks or not level or np.abs(t + t[::-1]).max() > 1e-9 * self.domain.std:
             return False
         for sign in (1, -1):
             part = self.f - sign * self.f[::-1]  # zero, or a line, where the target is symmetric
-            slope = part[-1] / self.x[-1] if sign == 1 else 0.0
+            slope = part[-1] / t[-1] if sign == 1 else 0.0
             level = part.mean() if sign == -1 else 0.0
-            if np.abs(part - slope * self.x - level).max() < 1e-9 * (1 + np.abs(self.f).max()):
+            if np.abs(part - slope * t - level).max() < 1e-9 * (1 + np.abs(self.f).max()):
                 return True
         return False
 

@@ -281,7 +281,8 @@ def _joints(p: Problem, sides: tuple[Side, Side]) -> list[tuple[float, float]]:
     centre, spread = p.bend()
     free = [side.joint is None for side in sides]
     if p.is_symmetric():
-        return [(max(-r * spread, p.ends[0]), min(r * spread, p.ends[1])) for r in np.geomspace(*RADII, 8).tolist()]
+        radii = [min(r * spread, p.ends[1] - p.domain.mean) for r in np.geomspace(*RADII, 8).tolist()]
+        return [(p.domain.mean - r, p.domain.mean + r) for r in radii]
     ends = []
     for side, sign in zip(sides, (-1, 1), strict=True):
         radii = np.geomspace(*RADII, 3 if all(free) else 6)

@@ -46,6 +46,21 @@ def test_the_table_is_the_measured_one():
     assert table in README, "run benchmarks/fidelity.py and paste benchmarks/fidelity.md"
 
 
+def test_the_table_of_families_is_the_measured_one():
+    table = (ROOT / "benchmarks" / "families.md").read_text().split("\n\n")[0].strip()
+    assert table in README, "run benchmarks/families.py and paste benchmarks/families.md"
+
+
+def test_the_table_of_calibration_is_the_measured_one():
+    lines = (ROOT / "benchmarks" / "calibration.md").read_text().split("\n\n")[0].splitlines()[2:]
+    assert lines
+    for line in lines:
+        *_, weighting, _, a, b, c, d = (cell.strip() for cell in line.strip("|").split("|"))
+        short = " | ".join(f"{float(cell):.1e}".replace("e-0", "e-") for cell in (a, b, c, d))
+        name = "data-free" if weighting == "data-free" else "calibrated"
+        assert f", {name} | {short} |" in README, f"paste from benchmarks/calibration.md: {line}"
+
+
 @pytest.mark.parametrize("target", ["demo", "test"])
 def test_the_two_commands_exist(target):
     assert f"make {target}" in README and re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
