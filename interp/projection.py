@@ -31,7 +31,7 @@ RADII = (1.5, 6.0)
 SHIFTS = (0.0, 0.4, -0.4, 0.7)
 """Where z = 0 may lie in the core to start from, in half its length; one side will do where all is symmetric."""
 
-RACE = ((10, 8), (3, 25))
+RACE = ((10, 8), (5, 30))
 """How many starts are improved, by how many steps: first the best ones a little, then a few more; one to the end."""
 
 
