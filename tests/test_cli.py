@@ -256,7 +256,7 @@ def test_bad_models(make, message, tmp_path):
         (["--degree", "0"], 1, "--degree 0: expected a whole number from 1 to 24"),
         (["--degree", "99"], 1, "--degree 99"),
         (["--degree", "many"], 2, "not a valid integer"),
-        (["--degree", "4", "--tolerance", "1e-3"], 2, "--degree or --tolerance"),
+        (["--degree", "4", "--tolerance", "1e-3"], 2, "give one of --degree, --tolerance"),
         (["--tolerance", "-1"], 1, "--tolerance -1.0"),
         (["--tails", "cubic"], 1, "--tails 'cubic'"),
         (["--derivative-weight", "-1"], 1, "--derivative-weight"),
