@@ -4,9 +4,13 @@ import json
 import re
 from pathlib import Path
 
+import coordinates
+import numpy as np
 import pytest
 import reference
 import targets
+import torch
+from tiny_models import timm_model
 
 from orthoact.interp import FAMILIES
 
@@ -66,3 +70,25 @@ def test_the_table_of_targets_has_every_target_and_family():
         table = [line for line in rows if line.startswith("|")]
         assert [line.split("|")[1].strip() for line in table[2:]] == list(targets.TARGETS)
         assert [head.split()[0] for head in table[0].split("|")[2:-1]] == list(FAMILIES)
+
+
+@pytest.mark.parametrize("kind", ["theta", "raw"])
+def test_the_benchmark_of_coordinates_trains_from_the_copy_and_leaves_the_model(kind):
+    settings = coordinates.Settings(pixels=32, train=12, validation=4, test=4, epochs=1, batch=4)
+    rng = np.random.default_rng(0)
+    raw = {
+        f"{file}-{what}": rng.integers(0, top, (50_004, *shape), dtype=np.uint8)
+        for file in ("train", "t10k")
+        for what, top, shape in (("images", 256, (28, 28)), ("labels", 10, ()))
+    }
+    model, data = timm_model("vit-headless"), coordinates.split(raw, settings, 0)
+    with torch.no_grad():
+        before = model(data["test"][0])
+    row = "hermite 8, 16 groups"
+    found = coordinates.measure(model, data, settings, 0, row, kind)
+    rates = [run["rate"] for run in found["runs"]]
+    assert len(rates) >= 3 and rates == sorted(rates) and found["numbers"] == 2 * 16 * 9
+    assert torch.equal(model(data["test"][0]), before)
+    cells = {f"{row}, {kind}, seed 0": found | {"seconds": 1.0}}
+    made = {"settings": coordinates.asdict(settings), "cells": cells}
+    assert f"| {row} | 288 | {kind} |" in coordinates.markdown(made)
