@@ -198,15 +198,20 @@ def over(cells: list[dict], key: str) -> str:
     return f"{mean(c[key] for c in cells):.3f} ({', '.join(f'{c[key]:.3f}' for c in cells)})"
 
 
-def conclusion(both: list[tuple[list[dict], list[dict]]]) -> list[str]:
-    """Two sentences on the rows that have both kinds: theta less raw."""
-    gains = [mean(c["test"] for c in a) - mean(c["test"] for c in b) for a, b in both]
-    losses = [mean(c["test_loss"] for c in a) - mean(c["test_loss"] for c in b) for a, b in both]
+def conclusion(both: dict[str, tuple[list[dict], list[dict]]]) -> list[str]:
+    """Two sentences on the rows that have both kinds: theta less raw, over the seeds that both have."""
+
+    def less(key: str) -> dict[str, float]:
+        return {row: mean(x[key] - y[key] for x, y in zip(a, b, strict=False)) for row, (a, b) in both.items()}
+
+    loss, accuracy = less("test_loss"), less("test")
+    worse = [row for row in both if loss[row] > 0]
+    not_in = f" (raw has it for {'; '.join(worse)})" if worse else ""
     return [
-        f"With both rates tuned, theta has the lower test loss in {sum(v < 0 for v in losses)} of {len(both)} rows and"
-        f" the higher test accuracy in {sum(v > 0 for v in gains)}.",
-        f"Theta less raw is {min(losses):+.3f} to {max(losses):+.3f} in test loss and {min(gains):+.3f} to"
-        f" {max(gains):+.3f} in test accuracy.",
+        f"Each at its chosen rate, theta has the lower test loss in {len(both) - len(worse)} of {len(both)} rows"
+        f"{not_in} and the higher test accuracy in {sum(v > 0 for v in accuracy.values())}.",
+        f"Theta less raw is {min(loss.values()):+.3f} to {max(loss.values()):+.3f} in test loss and"
+        f" {min(accuracy.values()):+.3f} to {max(accuracy.values()):+.3f} in test accuracy.",
     ]
 
 
@@ -239,7 +244,7 @@ def markdown(made: dict) -> str:
                 what = ("-", "-") if row == HEAD else (kind, f"{mine[0]['rate']:g}")
                 figures = f"{over(mine, 'test')} | {over(mine, 'test_loss')}"
                 lines.append(f"| {row} | {mine[0]['numbers']} | {what[0]} | {what[1]} | {figures} |")
-    if both := [(of(row, "theta"), of(row, "raw")) for row in ROWS if of(row, "theta") and of(row, "raw")]:
+    if both := {row: pair for row in ROWS if all(pair := (of(row, "theta"), of(row, "raw")))}:
         lines += ["", *conclusion(both)]
     lines += ["", "Validation accuracy (loss) at every rate tried, first seed:", ""]
     for row in ROWS:
