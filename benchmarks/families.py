@@ -41,7 +41,9 @@ def cell(rows: list[dict], family: str, size: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [name for name in MODELS if "timm" not in name]  # the same weights as in transformers
-    parser.add_argument("--models", nargs="+", choices=names, default=names)
+    parser.add_argument(
+        "--models", nargs="*", choices=names, default=names, help="those measured anew; the others stay"
+    )
     parser.add_argument("--output", type=Path, default=HERE / "families")
     args = parser.parse_args()
     file = args.output.with_suffix(".json")

@@ -30,6 +30,9 @@ from .targets import Target, get_target
 
 TAILS = ("linear", "none")
 
+POOR = 0.05
+"""The error, as a share of the target's root mean square, from which the reason of a fit says so."""
+
 DERIVATIVE_WEIGHT = 0.01
 """The default lambda: what the copy itself does not need helps learning later, and a little does not hurt the copy."""
 
@@ -278,8 +281,12 @@ def _measure(p: Problem, result: Fit) -> Fit:
     if p.tails == "linear":
         sup, slope_sup = max(sup, np.abs(error).max()), max(slope_sup, np.abs(slope_error).max())
     square, slope_square = float(p.w @ error**2), float(p.w @ slope_error**2)
+    share, reason = (square / max(float(p.w @ p.f**2), 1e-300)) ** 0.5, result.reason
+    if share > POOR:
+        reason += f"; a poor copy: its error is {100 * share:.0f} % of the target, try another degree or family"
     return replace(
         result,
+        reason=reason,
         value_rms=square**0.5,
         slope_rms=slope_square**0.5,
         value_max=float(sup),
