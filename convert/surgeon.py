@@ -114,7 +114,7 @@ def plan(
     derivative_weight: float = DERIVATIVE_WEIGHT,
     domain: Law | None = None,
     domains: Mapping[str, Law] | None = None,
-    groups: int | None = None,
+    groups: int | str | None = None,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     include_heads: bool = False,
@@ -124,11 +124,12 @@ def plan(
     In place of `degree`, `tolerance` takes for each site the fit with the fewest numbers whose root of J it bounds,
     and `parameters` shares so many numbers over all sites by how much an error at each costs (see `budget`); with
     either, `family="auto"` chooses among all families. `domains` gives sites laws of their own by name, as `calibrate`
-    does; the others have `domain`. `groups` gives each of so many groups of channels numbers of its own, 0 each
-    channel. The other arguments are those of `orthoact.fit` and `find_sites`. Raises `OrthoactError` where there is
-    nothing to convert, a weight is not finite, a fit is impossible or the budget too small.
+    does; the others have `domain`. `groups` gives each of so many groups of channels numbers of its own, 0 or
+    `per-channel` each channel. The other arguments are those of `orthoact.fit` and `find_sites`. Raises `OrthoactError`
+    where there is nothing to convert, a weight is not finite, a fit is impossible or the budget too small.
     """
     start = perf_counter()
+    groups = _number_of(groups)
     check_choice(family, degree, tolerance, parameters, tails, derivative_weight)
     _refuse_converted(model)
     for name, weight in model.named_parameters():
@@ -177,9 +178,15 @@ def plan(
     return Plan(tuple(sites), tuple(fits), tuple(left), groups, perf_counter() - start)
 
 
-def _check_groups(groups: int, sites: list[Site]) -> None:
-    if groups < 0:
+def _number_of(groups: int | str | None) -> int | None:
+    if groups == "per-channel":
+        return 0
+    if groups is not None and (not isinstance(groups, int) or groups < 0):
         raise OrthoactError(f"--groups {groups}: expected a positive whole number, or per-channel")
+    return groups
+
+
+def _check_groups(groups: int, sites: list[Site]) -> None:
     named = groups or "per-channel"
     for s in sites:
         if s.channel is None or (groups == 0 and not s.width):

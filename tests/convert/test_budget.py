@@ -113,9 +113,10 @@ def test_bad_choices(options, words):
 # -- groups ------------------------------------------------------------------------------------------------------------
 
 
-def test_per_channel_gives_each_channel_its_own_numbers():
+@pytest.mark.parametrize("groups", [0, "per-channel"])
+def test_per_channel_gives_each_channel_its_own_numbers(groups):
     model = hf("gpt2")
-    conversion = convert_(model, groups=0, degree=4)
+    conversion = convert_(model, groups=groups, degree=4)
     found = [m for m in model.modules() if isinstance(m, Activation)]
     width = model.transformer.h[0].mlp.c_fc.nf
     assert [m.groups for m in found] == [width] * len(found)
@@ -133,7 +134,9 @@ def test_budget_counts_every_group():
     assert made.parameters <= 100 and all(row["parameters"] % 4 == 0 for row in made.rows)
 
 
-@pytest.mark.parametrize(("groups", "words"), [(7, "divisor of the"), (-2, "positive whole number")])
+@pytest.mark.parametrize(
+    ("groups", "words"), [(7, "divisor of the"), (-2, "positive whole number"), ("each", "per-channel")]
+)
 def test_bad_groups(groups, words):
     with pytest.raises(OrthoactError, match=words):
         plan(hf("gpt2"), groups=groups)
