@@ -215,7 +215,8 @@ def search(p: Problem, sides: tuple[Side, Side]) -> Found:
     # numbers that cancel each other are worth a thousandth of the error, not the rounding of the copy
     projection.rounding = max(ROUNDING, 1e-3 * value**0.5)
     _, projection, alpha = improve(projection, alpha, 100, again=True)
-    return Found(*projection.unpack(alpha), projection.centre(alpha), projection.scale, projection.rounding)
+    location = float(np.float32(projection.centre(alpha)))  # the module keeps it so
+    return Found(*projection.unpack(alpha), location, projection.scale, projection.rounding)
 
 
 def _starts(p: Problem, sides: tuple[Side, Side]) -> Iterator[tuple[float, Projection, np.ndarray]]:
