@@ -31,6 +31,9 @@ RADII = (1.5, 6.0)
 SHIFTS = (0.0, 0.4, -0.4, 0.7)
 """Where z = 0 may lie in the core to start from, in half its length; one side will do where all is symmetric."""
 
+FAR = 1e6
+"""The size of a shape's number to which no step may go."""
+
 RACE = ((10, 8), (5, 30))
 """How many starts are improved, by how many steps: first the best ones a little, then a few more; one to the end."""
 
@@ -140,10 +143,11 @@ class Projection:
     def residual(self, alpha: np.ndarray) -> np.ndarray:
         """The square root of J, split over the nodes."""
         p = self.p
-        _, lo, hi = self.unpack(alpha)
-        if p.tails == "linear" and not (p.ends[0] <= lo and hi <= p.ends[1] and hi - lo > p.domain.std / 2):
-            return np.full(self.size, 1e3)  # the joints have left the law or each other
-        return self.solve(alpha).residual
+        shape, lo, hi = self.unpack(alpha)
+        astray = max(map(abs, shape), default=0.0) > FAR
+        if p.tails == "linear":  # the joints have left the law or each other
+            astray |= not (p.ends[0] <= lo and hi <= p.ends[1] and hi - lo > p.domain.std / 2)
+        return np.full(self.size, 1e3) if astray else self.solve(alpha).residual
 
     @property
     def size(self) -> int:
