@@ -92,7 +92,7 @@ def test_groups_need_a_known_channel_axis():
     with pytest.raises(OrthoactError, match="channel axis of 1 is not known"):
         orthoact.plan(net, groups=2)
     with pytest.raises(OrthoactError, match="groups"):
-        orthoact.plan(tiny.hf("gpt2"), groups=0)
+        orthoact.plan(tiny.hf("gpt2"), groups=-1)
 
 
 def test_planning_touches_nothing():
