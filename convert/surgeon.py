@@ -158,8 +158,7 @@ def plan(
     def make(site: Site) -> Any:
         law = laws[site.name]
         if parameters is not None:
-            most = parameters // units[sites.index(site)]
-            return ladder(site.target, domain=law, most=most, **options)
+            return ladder(site.target, domain=law, most=parameters // min(units), **options)
         if tolerance is not None:
             return fit_to_tolerance(site.target, tolerance, domain=law, **options)
         return fit(site.target, degree=degree, domain=law, **options)

@@ -69,10 +69,10 @@ def fit_to_tolerance(
 def ladder(
     target: str | Target | Callable[[Tensor], Tensor], *, family: str = "hermite", most: float = inf, **options
 ) -> list[Fit]:
-    """Fits with more and more learnable numbers, at most `most`, each with a lower J than the one before.
+    """Fits with more and more learnable numbers, each with a lower J than the one before.
 
-    It ends where a copy in float32 would get no better. `family` is one of `FAMILIES` or `auto`; empty where no degree
-    can be fitted with so few numbers.
+    It ends at `most` numbers, but for the first fit, or where a copy in float32 would get no better. `family` is one of
+    `FAMILIES` or `auto`.
 
     >>> [f.parameters for f in ladder("gelu", most=9)]
     [3, 4, 5, 6, 7, 9]
@@ -81,7 +81,7 @@ def ladder(
     refusal = None
     for name in families_of(family, **options):
         for degree in get_family(name).degrees:
-            if get_family(name).size(degree) > most:
+            if rungs and get_family(name).size(degree) > most:
                 break
             try:
                 rungs.append(fit(target, family=name, degree=degree, **options))
@@ -90,8 +90,8 @@ def ladder(
                 continue
             if rungs[-1].objective ** 0.5 < RESOLUTION:
                 break
-    if not rungs and refusal is not None:
-        raise refusal
+    if not rungs:
+        raise refusal or OrthoactError(f"no degree of the family {family} could be fitted to {target!r}")
     kept: list[Fit] = []
     for rung in sorted(rungs, key=lambda f: (f.parameters, f.objective)):
         if not kept or (rung.objective < kept[-1].objective and rung.parameters > kept[-1].parameters):

@@ -154,8 +154,9 @@ def best_kinks(p: Problem, tables: Tables, n: int) -> tuple[float, np.ndarray, n
     candidates = []
     if 0 < len(p.target.kinks) <= n:
         exact = np.sort(own[: len(p.target.kinks)])
-        candidates.append((*tables.solve(exact)[:1], exact, tables.solve(exact)[1]))
-        if candidates[0][0] < 1e-12 * (1 + tables.square) and convex(p, candidates[0][2]):
+        value, u, _ = tables.solve(exact)
+        candidates.append((value, exact, u))
+        if value < 1e-12 * (1 + tables.square) and convex(p, u):
             return candidates[0]
     if n == 1 and left is not None and right is not None:
         only = own[-1:] if right[0] != left[0] else np.zeros(1)

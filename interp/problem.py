@@ -69,8 +69,8 @@ class Problem:
     def is_symmetric(self) -> bool:
         """Whether the best joints lie at mean +- R: law and target are symmetric there, the target but for a line."""
         t = self.x - self.domain.mean
-        level = np.abs(self.w - self.w[::-1]).max() < 1e-9 * self.w.max()
-        if self.target.kinks or not level or np.abs(t + t[::-1]).max() > 1e-9 * self.domain.std:
+        even = np.abs(self.w - self.w[::-1]).max() <= 1e-9 * self.w.max()
+        if self.target.kinks or not even or np.abs(t + t[::-1]).max() > 1e-9 * self.domain.std:
             return False
         for sign in (1, -1):
             part = self.f - sign * self.f[::-1]  # zero, or a line, where the target is symmetric

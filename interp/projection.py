@@ -72,7 +72,8 @@ class Projection:
         self.linear = self.family.size(problem.degree) - self.shapes
         self.free = [problem.tails == "linear" and side.joint is None for side in sides]
         self.root = np.sqrt(problem.w), np.sqrt(problem.weight * problem.w)
-        self.rounding, self.last, self.ended = ROUNDING, None, False
+        self.rounding, self.ended = ROUNDING, False
+        self.last: Point | None = None
 
     def unpack(self, alpha: np.ndarray) -> tuple[list[float], float, float]:
         """Shape and joints."""
@@ -108,7 +109,7 @@ class Projection:
 
     def solve(self, alpha: np.ndarray) -> Point:
         """Everything at one point, kept for the Jacobian there."""
-        if isinstance(self.last, Point) and np.array_equal(self.last.alpha, alpha):
+        if self.last is not None and np.array_equal(self.last.alpha, alpha):
             return self.last
         p = self.p
         shape, lo, hi = self.unpack(alpha)

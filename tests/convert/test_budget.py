@@ -90,9 +90,10 @@ def test_without_calibration_a_probe_batch_tells_the_sensitivity():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_too_small_a_budget_names_the_least():
-    with pytest.raises(OrthoactError, match=r"--parameters 5: the 3 sites need at least 9"):
-        plan(net(), parameters=5)
+@pytest.mark.parametrize("parameters", [1, 5])
+def test_too_small_a_budget_names_the_least(parameters):
+    with pytest.raises(OrthoactError, match=rf"--parameters {parameters}: the 3 sites need at least 9"):
+        plan(net(), parameters=parameters)
 
 
 @pytest.mark.parametrize(
