@@ -77,6 +77,8 @@ class Data:
     """Split that is only measured at the end; where there is none, a `holdout` of the training split."""
     holdout: float = 0.1
     """Share of the training split for each split that is missing: the end of a text, rows drawn by the seed else."""
+    eos: bool = False
+    """Put the end-of-text token before each row of a causal model's text: rows are documents."""
     text: str = "text"
     """Column of text."""
     label: str = "label"
