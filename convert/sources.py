@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,30 +83,37 @@ def load_source(
     revision: str | None = None,
     trust_remote_code: bool = False,
     device: str = "cpu",
+    config: Mapping[str, Any] | None = None,
+    scratch: bool = False,
 ) -> Source:
     """Load the model called `name`: a Hub id, a local folder, `timm:NAME` or `demo`.
 
-    Raises `OrthoactError` for a path that is missing, a folder that is no checkpoint, weights that cannot be read.
+    `config` replaces values of its config (timm: arguments of create_model); with `scratch` it has that architecture
+    and new random weights. Raises `OrthoactError` for a path that is missing, a folder that is no checkpoint, weights
+    that cannot be read.
     """
     if task is not None and task not in TASKS:
         raise OrthoactError(f"--task {task!r}: expected one of {', '.join(TASKS)}")
     if dtype is not None and dtype not in DTYPES:
         raise OrthoactError(f"--dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     if name.startswith("timm:"):
-        source = _timm(name, name.removeprefix("timm:"), None, revision)
+        source = _timm(name, name.removeprefix("timm:"), None, revision, config or {}, scratch)
     else:
         folder, local = _folder(name, revision)
-        config = _read_json(folder / "config.json", name)
+        found = _read_json(folder / "config.json", name)
         recorded = DEMO if name == DEMO else folder.resolve().name if local else name
         if local and revision:
             raise OrthoactError(
                 f"--revision {revision}: {name} is a local folder; revisions are those of Hub repositories"
             )
-        if "architecture" in config and "model_type" not in config:
+        if "architecture" in found and "model_type" not in found:
             where = f"local-dir:{folder}" if local else f"hf-hub:{name}{'@' + revision if revision else ''}"
-            source = _timm(recorded, where, folder, revision)
-        elif "model_type" in config or config.get("auto_map"):
-            source = _transformers(name, recorded, folder, local, config, task, dtype, revision, trust_remote_code)
+            source = _timm(recorded, where, folder, revision, config or {}, scratch)
+        elif "model_type" in found or found.get("auto_map"):
+            change = (config or {}, scratch)
+            source = _transformers(
+                name, recorded, folder, local, found, task, dtype, revision, trust_remote_code, *change
+            )
         else:
             raise OrthoactError(
                 f"{name}: its config.json has neither model_type (transformers) nor architecture (timm)"
@@ -189,15 +196,17 @@ def _readable(name: str) -> Iterator[None]:
         raise OrthoactError(f"{name}: its weights could not be loaded ({type(error).__name__}: {why})") from error
 
 
-def _timm(name: str, where: str, folder: Path | None, revision: str | None) -> Source:
+def _timm(name: str, where: str, folder: Path | None, revision: str | None, change, scratch: bool) -> Source:
     import timm
 
     with _readable(name):
-        model = timm.create_model(where, pretrained=True)
+        model = timm.create_model(where, pretrained=not scratch, **change)
     return Source(model, name, "timm", folder, revision)
 
 
-def _transformers(name, recorded, folder, local, config, task, dtype, revision, trust_remote_code) -> Source:
+def _transformers(
+    name, recorded, folder, local, config, task, dtype, revision, trust_remote_code, change, scratch
+) -> Source:
     import transformers
 
     where = str(folder) if local else name
@@ -220,6 +229,12 @@ def _transformers(name, recorded, folder, local, config, task, dtype, revision, 
         )
     if remote:
         options["trust_remote_code"] = True
+    if scratch:
+        with _readable(name):
+            made = transformers.AutoConfig.from_pretrained(where, **options, **change)
+            build = getattr(cls, "from_config", None) or cls._from_config  # pyright: ignore
+            return Source(build(made, dtype=torch.float32), recorded, "transformers", folder, revision)
+    options |= change
     with _readable(name):
         model, info = cls.from_pretrained(
             where, dtype=DTYPES[dtype] if dtype else "auto", output_loading_info=True, **options

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ..convert.fidelity import outputs
 from ..interp.activation import Activation, original
 from ..interp.errors import OrthoactError
 from .parameters import PARTS
+from .swap import Swap
 
 log = logging.getLogger("orthoact")
 
@@ -28,6 +29,8 @@ class Distillation:
     cosine of the pooled outputs in the place of the first term. h are the outputs of the modules that hold the
     activations (an MLP, say), one mean for each.
 
+    With `swap` the model that learns is one whose activations are not all new yet (see `Swap`).
+
     The teacher is `model` itself with the activations that were replaced, in evaluation mode, with LoRA switched off:
     no second model is held. Weights that train besides activations and LoRA (norms, say) are copied here, before
     the first step, and lent to the teacher: the copy is as large as they are, and the log tells its size. Raises
@@ -40,12 +43,12 @@ class Distillation:
     True
     """
 
-    def __init__(self, model: nn.Module, *, temperature: float = 1.0, hidden: float = 0.0):
+    def __init__(self, model: nn.Module, *, temperature: float = 1.0, hidden: float = 0.0, swap: Swap | None = None):
         if not temperature > 0:
             raise OrthoactError(f"temperature {temperature}: expected a positive number")
         if not hidden >= 0:
             raise OrthoactError(f"hidden {hidden}: expected a weight that is not negative")
-        self.temperature, self.hidden = temperature, hidden
+        self.temperature, self.hidden, self.swap = temperature, hidden, swap
         sites = {name: m for name, m in model.named_modules() if isinstance(m, Activation)}
         if not sites:
             raise OrthoactError(f"{type(model).__name__} holds no learnable activation: convert it before it is taught")
@@ -65,13 +68,19 @@ class Distillation:
         batch = {k: v for k, v in batch.items() if k != "labels"}
         with torch.no_grad(), self.teacher(model):
             told, told_hidden = self._run(model, batch)
-        seen, hidden = self._run(model, batch)
+        with self.swap or nullcontext():
+            seen, hidden = self._run(model, batch)
         loss = self._outputs(told, seen, batch.get("attention_mask"))
         if self.hidden:
             pairs = zip(told_hidden, hidden, strict=True)
             cosines = [F.cosine_similarity(a.float(), b.float(), dim=-1).mean() for a, b in pairs]
             loss = loss + self.hidden * (1 - torch.stack(cosines).mean())
         return loss
+
+    def begin(self, step: int) -> None:
+        """Tell the number of the step that comes, from 0: a progressive swap goes by it."""
+        if self.swap:
+            self.swap.begin(step)
 
     @contextmanager
     def teacher(self, model: nn.Module) -> Iterator[nn.Module]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from math import gcd
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..interp.activation import Activation
-from ..interp.errors import OrthoactError
 
 SAMPLE = 4096
 """Inputs of a site at one forward pass that are counted; least and greatest are those of all."""
@@ -24,8 +21,8 @@ class Monitor:
     of `SAMPLE` a forward pass), `least` and `greatest`. The core is [lo, hi], of a bare series location +- 4 scale,
     where its fit is judged. Passes with the original activations (a teacher's) are not counted.
 
-    With `penalty` c, `loss` is a term for the loss of the last forward pass, that draws inputs back into the cores:
-    $c$ times the mean over the sites of $E[d^2]$, d the distance to the core over half its width.
+    With `penalise`, `penalty` is a term for the loss that draws inputs back into the cores: the mean over the sites of
+    $E[d^2]$, d the distance to the core over half its width.
 
     >>> from orthoact import convert_
     >>> net = nn.Sequential(nn.GELU())
@@ -36,10 +33,8 @@ class Monitor:
     {'0': {'outside': 0.5, 'least': -9.0, 'greatest': 5.0}}
     """
 
-    def __init__(self, model: nn.Module, *, penalty: float = 0.0):
-        if not penalty >= 0:
-            raise OrthoactError(f"train.boundary_penalty: expected a number that is not negative, got {penalty}")
-        self.penalty = penalty
+    def __init__(self, model: nn.Module, *, penalise: bool = False):
+        self.penalise = penalise
         self.names = {m: name for name, m in model.named_modules() if isinstance(m, Activation)}
         self._seen: dict[Activation, Tensor] = {}  # outside, counted, least, greatest: on the model's device
         self._ends: dict[Activation, Tensor] = {}  # least and greatest of the last forward pass, in the order of calls
@@ -61,7 +56,7 @@ class Monitor:
         middle, half = core(act)
         x = args[0]
         again = torch._C._current_graph_task_id() != -1  # recomputed in a backward pass: the same graph, not counted
-        if self.penalty and torch.is_grad_enabled():
+        if self.penalise and torch.is_grad_enabled():
             term = ((x.float() - middle).abs() / half - 1).relu().square().mean()
             if not again:
                 self._terms[act] = term
@@ -94,31 +89,14 @@ class Monitor:
             for act, (outside, counted, least, greatest) in told.items()
         }
 
-    def loss(self) -> Tensor | float:
-        """The penalty of the forward passes since the last call; 0 where it is off."""
+    def penalty(self) -> Tensor | None:
+        """The boundary penalty of the forward passes since the last call, a differentiable scalar; None without any."""
         terms, self._terms = list(self._terms.values()), {}
-        return self.penalty * torch.stack(terms).mean() if terms else 0.0
+        return torch.stack(terms).mean() if terms else None
 
-    def check(self, loss: float | Tensor, step: int, checkpoint: str | Path | None = None) -> None:
-        """Stop with an `OrthoactError` that names step, site and last good checkpoint if `loss` is not finite."""
-        value = float(loss.detach() if isinstance(loss, Tensor) else loss)
-        if math.isfinite(value):
-            return
-        first = next((act for act, ends in self._ends.items() if not bool(ends.isfinite().all())), None)
-        widest = max(self._ends, key=lambda act: float((self._ends[act] - core(act)[0]).abs().max()), default=None)
-        if first is not None:
-            where = f"the first activation whose inputs are not finite is {self.names[first]}"
-        elif widest is not None:
-            low, high = self._ends[widest].tolist()
-            where = f"the inputs of all activations are finite, the widest are those of {self.names[widest]}"
-            where += f" ({low:.3g} to {high:.3g})"
-        else:
-            where = "no activation was called"
-        kept = f"the last good checkpoint is {Path(checkpoint).name}" if checkpoint else "there is no checkpoint yet"
-        raise OrthoactError(
-            f"step {step}: the loss is {value}; {where}; {kept}: lower train.activation_learning_rate (or "
-            f"train.learning_rate), or set train.boundary_penalty"
-        )
+    def broken(self) -> str | None:
+        """The first site, in the order of calls, whose inputs were NaN or infinite in the last forward pass."""
+        return next((self.names[act] for act, ends in self._ends.items() if not bool(ends.isfinite().all())), None)
 
 
 def core(act: Activation) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,8 @@ class Recipe:
     """Take the architecture of `model` with new random weights."""
     config: dict[str, Any] = field(default_factory=dict)
     """With `scratch`: values of the model's config (timm: arguments of create_model) that replace its own."""
+    new_head: bool = False
+    """Give a classifier a new head for the labels of the data, whatever head the model has."""
     seed: int = 0
     """Of the new weights, the order of the data and dropout."""
     convert: Convert = field(default_factory=Convert)

@@ -77,6 +77,8 @@ class Data:
     """Split that is only measured at the end; where there is none, a `holdout` of the training split."""
     holdout: float = 0.1
     """Share of the training split for each split that is missing: the end of a text, rows drawn by the seed else."""
+    eos: bool = False
+    """Put the end-of-text token before each row of a causal model's text: rows are documents."""
     text: str = "text"
     """Column of text."""
     label: str = "label"
@@ -108,6 +110,8 @@ class Train:
 
     what: str = "activations"
     """See `WHAT`."""
+    tails: str = "free"
+    """`fixed` holds the activations' values and slopes at their joints, and so their tails."""
     loss: str = "task"
     """`task`: the labels'; `distill`: towards the outputs that the original activations give on the same weights."""
     max_steps: int = 200
@@ -173,6 +177,7 @@ class Train:
 
     def __post_init__(self):
         one_of("train.what", self.what, WHAT)
+        one_of("train.tails", self.tails, ("free", "fixed"))
         one_of("train.loss", self.loss, ("task", "distill"))
         one_of("train.schedule", self.schedule, ("cosine", "linear", "constant"))
         one_of("train.mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))

@@ -15,17 +15,17 @@ HOW = ("sites", "blend")
 
 
 class Swap:
-    r"""From the original activations of `model` to its own in `steps` steps, as a context.
+    r"""From the original activations of `model` to its own in `steps` steps; in force inside the context.
 
     `sites`: one site after the other, in the order of the model. `blend`: all at once, each $f + s (F - f)$ with the
-    share s growing evenly from $1 / steps$ to 1. Outside the context the model is as it was. `step` takes the number
-    of the step that comes, from 0. Raises `OrthoactError` where an original is not known.
+    share s growing evenly from $1 / steps$ to 1. Outside the context, where the model is measured, all are new.
+    Raises `OrthoactError` where an original is not known.
 
     >>> from orthoact import convert_
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2), nn.GELU())
     >>> _ = convert_(net, degree=4)
-    >>> with Swap(net, "sites", steps=10) as swap:
-    ...     [swap.step(n) for n in (0, 5, 10)]
+    >>> swap = Swap(net, "sites", steps=10)
+    >>> [swap.begin(step) for step in (0, 5, 10)]
     [0.5, 1.0, 1.0]
     """
 
@@ -38,30 +38,30 @@ class Swap:
             self.sites = [m for m in model.modules() if isinstance(m, Activation)]
         self.how, self.steps, self.share = how, steps, 1.0
         self._hooks: list[Any] = []
+        self.begin(0)
+
+    def begin(self, step: int) -> float:
+        """Set the share of what is new for the step of this number, from 0, and return it."""
+        self.share = min(1.0, (step + 1) / self.steps)
+        if self.how == "sites":
+            self.share = ceil(self.share * len(self.sites)) / len(self.sites)
+        return self.share
 
     def __enter__(self) -> Swap:
         self._before = [m.bypass for m in self.sites]
         if self.how == "blend":
             self._hooks = [m.register_forward_hook(self._mix) for m in self.sites]
-        self.step(0)
+            return self
+        for place, m in enumerate(self.sites):
+            m.bypass = m.bypass or place >= round(self.share * len(self.sites))
         return self
 
     def __exit__(self, *_) -> None:
-        self.share = 1.0
         for hook in self._hooks:
             hook.remove()
+        self._hooks = []
         for m, bypass in zip(self.sites, self._before, strict=True):
             m.bypass = bypass
-
-    def step(self, number: int) -> float:
-        """Set the share of what is new for the step `number`, and return it."""
-        self.share = min(1.0, (number + 1) / self.steps)
-        if self.how == "sites":
-            new = ceil(self.share * len(self.sites))
-            for place, m in enumerate(self.sites):
-                m.bypass = place >= new
-            self.share = new / len(self.sites)
-        return self.share
 
     def _mix(self, act: Activation, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if act.bypass or self.share == 1 or act.original is None:

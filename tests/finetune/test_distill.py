@@ -150,17 +150,23 @@ def test_a_swap_goes_from_the_original_to_the_copy(how):
     model = tiny.hf("gpt2")
     convert_(model, degree=3)
     batch = batch_of(model)
-    distillation = Distillation(model)
-    end = distillation.loss(model, batch).item()
-    with Swap(model, how, steps=4) as swap:
-        shares, losses = zip(*[(swap.step(n), distillation.loss(model, batch).item()) for n in range(6)], strict=True)
-        assert shares == ((0.5, 0.5, 1.0, 1.0, 1.0, 1.0) if how == "sites" else (0.25, 0.5, 0.75, 1.0, 1.0, 1.0))
-        assert losses[0] < losses[3] == approx(end) == approx(losses[5])
-        swap.step(0)
-        with torch.no_grad(), distillation.teacher(model):
+    end = Distillation(model).loss(model, batch).item()
+    distillation = Distillation(model, swap=Swap(model, how, steps=4))
+    shares, losses = [], []
+    for step in range(6):
+        distillation.begin(step)
+        shares.append(distillation.swap.share)
+        losses.append(distillation.loss(model, batch).item())
+    assert shares == ([0.5, 0.5, 1.0, 1.0, 1.0, 1.0] if how == "sites" else [0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
+    assert losses[0] < losses[3] == approx(end) == approx(losses[5])
+    distillation.begin(0)
+    with torch.no_grad():
+        with distillation.swap, distillation.teacher(model):
             told = outputs(model, batch)["logits"]
-    assert torch.allclose(told, outputs(tiny.hf("gpt2"), batch)["logits"], atol=1e-6)
-    assert distillation.loss(model, batch).item() == approx(end)
+        assert torch.allclose(told, outputs(tiny.hf("gpt2"), batch)["logits"], atol=1e-6)
+        measured = outputs(model, batch)["logits"]  # whatever the share, all are new outside
+    assert Distillation(model).loss(model, batch).item() == approx(end)
+    assert not torch.allclose(measured, told, atol=1e-3)
     with raises(OrthoactError, match="expected one of sites, blend"):
         Swap(model, "all", steps=4)
 
