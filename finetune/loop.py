@@ -47,6 +47,8 @@ class Job:
     """Takes the figures of a logged step; the first process alone calls it."""
     show: Callable[[int, float, dict[str, float] | None], None]
     """Takes step, loss and the last figures of the validation split, at every step."""
+    begin: Callable[[int], None] = lambda step: None
+    """Told the number of each step before it, from 0."""
     resume: int | None = None
     """The step of the checkpoint to go on from."""
     seed: int = 0
@@ -91,6 +93,7 @@ def loop(job: Job, accelerator: Any) -> dict[str, Any]:
     every = train.save_every or max(1, math.ceil(train.max_steps / 10))
 
     for batch in accelerator.skip_first_batches(loader, step * train.accumulate) if step < train.max_steps else ():
+        job.begin(step)
         with accelerator.accumulate(objective):
             loss = objective(batch)
             penalty = job.monitor.penalty() if train.boundary_penalty else None

@@ -20,6 +20,7 @@ from ..convert.checkpoint import check_output, replacing, save
 from ..convert.sources import REPORT, Source
 from ..interp.errors import OrthoactError
 from .data import Examples, make_examples, read_rows
+from .distill import Distillation
 from .evaluate import Objective, measure, task_loss
 from .examples import Stream
 from .launch import make_accelerator
@@ -31,6 +32,7 @@ from .parameters import Trainable, choose
 from .progress import Progress
 from .recipe import Recipe, read
 from .state import STATE, States
+from .swap import Swap
 
 log = logging.getLogger("orthoact")
 
@@ -108,8 +110,9 @@ def run(
         tell(f"{chosen.what}: {sum(count.values()):,} trainable numbers {count}, {_sizes(examples)}")
         if chosen.gradient_checkpointing:
             _checkpoint_gradients(trainable.model)
-        objective = Objective(trainable.model, make_loss(trainable.model, recipe))
-        with Monitor(trainable.model) as monitor:
+        loss, begin = make_loss(trainable.model, recipe)
+        objective = Objective(trainable.model, loss)
+        with Monitor(trainable.model, penalise=chosen.boundary_penalty > 0) as monitor:
             total = chosen.max_steps * chosen.accumulate * chosen.batch_size * accelerator.num_processes
             job = Job(
                 objective=objective,
@@ -123,6 +126,7 @@ def run(
                 monitor=monitor,
                 log=log,
                 show=show,
+                begin=begin,
                 resume=resume,
                 seed=recipe.seed,
             )
@@ -150,12 +154,25 @@ def choose_what(model: torch.nn.Module, recipe: Recipe) -> Trainable:
         activation_learning_rate=chosen.activation_learning_rate,
         head_learning_rate=chosen.head_learning_rate,
         weight_decay=chosen.weight_decay,
+        lora_rank=chosen.lora_rank,
+        lora_alpha=chosen.lora_alpha,
+        lora_targets=chosen.lora_targets,
+        tails=chosen.tails,
     )
 
 
-def make_loss(model: torch.nn.Module, recipe: Recipe) -> Callable:
-    """The loss of the recipe."""
-    return task_loss
+def make_loss(model: torch.nn.Module, recipe: Recipe) -> tuple[Callable, Callable[[int], None]]:
+    """The loss of the recipe, and what is told the number of each step before it."""
+    chosen = recipe.train
+    if chosen.loss == "task":
+        return task_loss, lambda step: None
+    swap = None
+    if chosen.swap is not None:
+        if chosen.gradient_checkpointing:
+            raise OrthoactError("train.swap: leave train.gradient_checkpointing out, it would recompute other values")
+        swap = Swap(model, chosen.swap, steps=chosen.swap_steps or max(1, chosen.max_steps // 2))
+    taught = Distillation(model, temperature=chosen.temperature, hidden=chosen.hidden_weight, swap=swap)
+    return taught.loss, taught.begin
 
 
 def _checkpoint_gradients(model: Any) -> None:

@@ -110,6 +110,8 @@ class Train:
 
     what: str = "activations"
     """See `WHAT`."""
+    tails: str = "free"
+    """`fixed` holds the activations' values and slopes at their joints, and so their tails."""
     loss: str = "task"
     """`task`: the labels'; `distill`: towards the outputs that the original activations give on the same weights."""
     max_steps: int = 200
@@ -175,6 +177,7 @@ class Train:
 
     def __post_init__(self):
         one_of("train.what", self.what, WHAT)
+        one_of("train.tails", self.tails, ("free", "fixed"))
         one_of("train.loss", self.loss, ("task", "distill"))
         one_of("train.schedule", self.schedule, ("cosine", "linear", "constant"))
         one_of("train.mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
