@@ -57,9 +57,13 @@ def make_accelerator(recipe: Recipe, out: Path | None, processes: int | None) ->
             f"--num-processes {processes}: {accelerator.num_processes} are running; leave the launcher away and let "
             f"--num-processes start them, or give torchrun --nproc-per-node {processes}"
         )
-    if train.tracker and out is not None:
-        accelerator.init_trackers("orthoact", config=dict(_flat(recipe.to_dict())))
     return accelerator
+
+
+def start_tracker(recipe: Recipe, accelerator: Any) -> None:
+    """Open the tracker of the recipe, if it names one; it writes into the folder of the run."""
+    if recipe.train.tracker:
+        accelerator.init_trackers("orthoact", config=dict(_flat(recipe.to_dict())))
 
 
 def close() -> None:

@@ -23,7 +23,7 @@ from .data import Examples, make_examples, read_rows
 from .distill import Distillation
 from .evaluate import Objective, measure, task_loss
 from .examples import Stream
-from .launch import make_accelerator
+from .launch import make_accelerator, start_tracker
 from .loop import Job, loop
 from .memory import Peak
 from .models import make_model
@@ -31,7 +31,7 @@ from .monitor import Monitor
 from .parameters import Trainable, choose
 from .progress import Progress
 from .recipe import Recipe, read
-from .state import STATE, States
+from .state import STATE, States, is_sharded, whole_state
 from .swap import Swap
 
 log = logging.getLogger("orthoact")
@@ -72,6 +72,7 @@ def train(
         states.clear()
         _keep_lines(out / METRICS, step or 0)
     accelerator.wait_for_everyone()
+    start_tracker(recipe, accelerator)
     with open(out / METRICS, "a", encoding="utf-8") as lines, Progress(recipe, accelerator, quiet) as bar:
 
         def write(values: dict[str, Any]) -> None:
@@ -139,9 +140,21 @@ def run(
     facts = {"recipe": recipe.to_dict(), "what": chosen.what, "trainable": sum(count.values()), "trainable_by": count}
     facts |= {"processes": accelerator.num_processes, "train": _size(examples.train), **found, "test": figures}
     facts |= {"total_seconds": round(perf_counter() - start, 3), "peak_memory": peak.bytes, "finished": True}
+    if is_sharded(prepared):
+        source, trainable = _gathered(prepared, recipe, rows)
     trainable.model.eval()
     accelerator.free_memory()
     return facts, source, trainable, record
+
+
+def _gathered(objective: torch.nn.Module, recipe: Recipe, rows: Any) -> tuple[Source, Trainable]:
+    """The model whole again, on the CPU of every process, from the parts of it that each has (FSDP2)."""
+    held = whole_state(objective)
+    source, _ = make_model(recipe, rows)
+    trainable = choose_what(source.model, recipe)
+    if held:  # of the first process; the others do not write
+        Objective(trainable.model).load_state_dict(held)
+    return source, trainable
 
 
 def choose_what(model: torch.nn.Module, recipe: Recipe) -> Trainable:
@@ -217,7 +230,8 @@ def _begin(recipe: Recipe, out: Path, *, resume: bool, overwrite: bool, accelera
         try:
             check_output(out, overwrite=overwrite)
         except OrthoactError as error:
-            raise OrthoactError(str(error).replace("-o,", "--output, --resume,").replace("-o", "--output")) from error
+            text = str(error).replace("with -o, or --overwrite", "with --output, --resume, or --overwrite")
+            raise OrthoactError(text.replace("with -o", "with --output")) from error
         with replacing(out, overwrite=overwrite) as folder:
             record = {"orthoact": __version__, "training": {"recipe": recipe.to_dict(), "finished": False}}
             (folder / REPORT).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

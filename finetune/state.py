@@ -34,7 +34,7 @@ STATE = "state"
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 _MODEL = StateDictOptions(full_state_dict=True, strict=False)
-_MOMENTS = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+_MOMENTS = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class States:
@@ -78,13 +78,12 @@ class States:
         new = self.folder / f".{secrets.token_hex(4)}.new"
         new.mkdir()
         try:
-            plain = {key: value for key, value in moments.items() if not isinstance(value, Tensor)}
-            tensors = {key: value for key, value in moments.items() if isinstance(value, Tensor)}
+            tensors = {f"{name}.{key}": v for name, held in moments["state"].items() for key, v in held.items()}
             for name, held in (("trained", trained), ("optimizer", tensors), ("random", random)):
                 save_file(
                     {k: v.detach().cpu().contiguous().clone() for k, v in held.items()}, new / f"{name}.safetensors"
                 )
-            (new / "state.json").write_text(json.dumps(facts | {"optimizer": plain}), encoding="utf-8")
+            (new / "state.json").write_text(json.dumps(facts | {"groups": moments["param_groups"]}), encoding="utf-8")
             if self.path(step).exists():  # of a run before that one that was resumed
                 remove(self.path(step))
             os.rename(new, self.path(step))
@@ -101,7 +100,10 @@ class States:
 
         facts = self.facts(step)
         self.load_trained(step, objective)
-        moments: dict[str, Any] = {**load_file(self.path(step) / "optimizer.safetensors"), **facts.pop("optimizer")}
+        moments: dict[str, Any] = {"state": {}, "param_groups": facts.pop("groups")}
+        for key, value in load_file(self.path(step) / "optimizer.safetensors").items():
+            name, _, kind = key.rpartition(".")
+            moments["state"].setdefault(name, {})[kind] = value
         set_optimizer_state_dict(objective, _plain(optimizer), moments, options=_MOMENTS)
         schedule.load_state_dict(facts.pop("schedule"))
         random = load_file(self.path(step) / "random.safetensors")
@@ -130,6 +132,18 @@ class States:
         """Remove what an interrupted write or an earlier run left."""
         for path in self.folder.glob(".*.new"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def is_sharded(objective: nn.Module) -> bool:
+    """Whether each process holds a part of every weight (FSDP2)."""
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(p, DTensor) for p in objective.parameters())
+
+
+def whole_state(objective: nn.Module) -> dict[str, Any]:
+    """All weights whole, on the CPU of the first process; empty on the others."""
+    return get_model_state_dict(objective, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def remove(folder: Path) -> None:

@@ -164,11 +164,8 @@ def real_labels(tmp_path):
 def empty_split(tmp_path):
     import datasets
 
-    held = {"train": [{"text": "x", "label": 0}], "validation": []}
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.Value("int64")})
-    datasets.DatasetDict({k: datasets.Dataset.from_list(v, features=features) for k, v in held.items()}).save_to_disk(
-        str(tmp_path)
-    )
+    rows = datasets.Dataset.from_list([{"text": "x", "label": 0}])
+    datasets.DatasetDict({"train": rows, "validation": rows.select([])}).save_to_disk(str(tmp_path))
     return sentences(tmp_path), r"data\.validation: the split 'validation' of .* is empty"
 
 
@@ -204,10 +201,11 @@ def test_what_does_not_fit_is_told_in_one_sentence(case, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_text_too_short_for_a_window():
-    recipe = language(path="demo", length=200)
-    with pytest.raises(OrthoactError, match=r"data\.length: a window of 256 tokens|data\.length"):
-        make_examples(read_rows(replace(recipe, data=Data(path="demo", length=2000))), load_source("demo"), recipe)
-    long = replace(recipe, data=Data(path="demo", length=300))
+def test_a_text_too_short_for_a_window(tmp_path):
+    (tmp_path / "a.txt").write_text("Emma was here.\n" * 6)
+    short = language(path=str(tmp_path / "a.txt"), length=200)
+    with pytest.raises(OrthoactError, match=r"data\.length: a window of 200 tokens is longer than the \d+ tokens of"):
+        make_examples(read_rows(short), load_source("demo"), short)
+    long = language(path="demo", length=300)
     with pytest.raises(OrthoactError, match=r"data\.length: demo takes at most 256 tokens, got 300"):
         make_examples(read_rows(long), load_source("demo"), long)

@@ -81,10 +81,9 @@ def test_the_metrics_are_one_line_a_logged_step(done):
 
 
 def test_it_learns(tmp_path):
-    facts = orthoact.train(
-        read("demo-smoke", ["train.max_steps=24", "data.length=32", "train.evaluate_every=8"]), tmp_path / "o"
-    )
-    assert facts["best"]["loss"] < facts["zero_step"]["loss"] - 0.002
+    options = ["train.max_steps=24", "data.length=32", "train.evaluate_every=8", "convert.degree=2"]
+    facts = orthoact.train(read("demo-smoke", options), tmp_path / "o")
+    assert facts["best"]["loss"] < facts["zero_step"]["loss"] - 0.05
 
 
 def test_the_last_checkpoints_and_the_best_are_kept(done):
@@ -108,13 +107,13 @@ def test_bf16_checkpointing_and_the_tracker(tmp_path):
 
 
 def test_early_stopping(tmp_path):
-    patient = ["train.learning_rate=1", "train.evaluate_every=1", "train.patience=2", "train.warmup=0"]
-    facts = orthoact.train(short(*patient), tmp_path / "o")
-    assert facts["step"] == facts["best"]["step"] + 2 < 8
+    patient = ["train.learning_rate=0.1", "train.evaluate_every=1", "train.patience=1", "train.schedule=constant"]
+    facts = orthoact.train(short(*patient, "train.max_steps=30"), tmp_path / "o")
+    assert facts["step"] == facts["best"]["step"] + 1 < 30
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_site_and_checkpoint(tmp_path):
-    wild = ["train.learning_rate=1e18", "train.warmup=0", "train.clip=null", "convert.degree=3", "train.save_every=1"]
+    wild = ["train.learning_rate=1e30", "train.warmup=0", "train.clip=null", "train.save_every=1"]
     wild += ["train.evaluate_every=null", "train.schedule=constant"]
     said = r"step \d+: the loss is not finite, first at the activation transformer\.h\.\d\.mlp\.act; the last good "
     with pytest.raises(OrthoactError, match=said + r"checkpoint is .*step-0000000\d; lower train\.learning_rate"):
