@@ -20,6 +20,7 @@ from ..interp.activation import TENSORS, Activation
 from ..interp.domains import law_from_dict
 from ..interp.errors import OrthoactError
 from ..interp.fit import fit
+from .calls import expose_, hide_, settle_fused_path
 
 SENTINEL = "orthoact"
 FORMAT = 2
@@ -183,6 +184,7 @@ def install(model: nn.Module, spec: Mapping[str, Any], *, complete: bool) -> lis
     """
     check(spec)
     installed = []
+    calls = expose_(model) if None in located(model, spec).values() else []
     for name, here in located(model, spec).items():
         if here is None:
             if complete:
@@ -195,6 +197,7 @@ def install(model: nn.Module, spec: Mapping[str, Any], *, complete: bool) -> lis
         old = model.get_submodule(here)
         if not isinstance(old, Activation):
             put(model, here, _rebuild(name, spec["sites"][name], old))
+    hide_(calls)
     return installed
 
 
@@ -203,9 +206,7 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
     path, _, leaf = name.rpartition(".")
     parent = model.get_submodule(path)
     parent._modules[leaf] = module
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        # its fused path for inference runs the activation that this number names, whatever the module is
-        parent.activation_relu_or_gelu = {nn.ReLU: 1, nn.GELU: 2}.get(type(module), 0)
+    settle_fused_path(parent)
 
 
 def located(model: nn.Module, spec: Mapping[str, Any]) -> dict[str, str | None]:

@@ -14,6 +14,7 @@ from torch import nn
 from ..interp.activation import Activation
 from ..interp.errors import OrthoactError
 from ..interp.targets import TARGETS, Target, get_target
+from .calls import exposed
 
 WITH_PARAMETERS = {
     nn.LeakyReLU: lambda m: f"leaky_relu({m.negative_slope!r})",
@@ -76,7 +77,9 @@ def find_sites(
     >>> [s.name for s in find_sites(nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.Linear(2, 1), nn.Tanh()))]
     ['1']
     """
-    return [s for s in survey(model, include=include, exclude=exclude, include_heads=include_heads) if not s.left]
+    with exposed(model):
+        found = survey(model, include=include, exclude=exclude, include_heads=include_heads)
+    return [s for s in found if not s.left]
 
 
 def survey(
@@ -137,7 +140,8 @@ def recognise(name: str, module: nn.Module) -> Site | None:
     if module._modules or module._parameters or module._buffers:
         return None
     if type(module) in WITH_PARAMETERS:
-        return Site(name, get_target(WITH_PARAMETERS[type(module)](module)), kind)
+        with torch.device("cpu"):
+            return Site(name, get_target(WITH_PARAMETERS[type(module)](module)), kind)
     if type(module).__name__ in ("Dropout", "Identity", "DropPath", "Flatten", "Softmax"):
         return None  # only to save their probes
     target = _probe(module)
@@ -154,6 +158,11 @@ def _grid() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 def _probe(module: nn.Module) -> Target | None:
     """What a leaf without parameters computes, if it is an elementwise function that is not linear."""
+    with torch.device("cpu"):  # also while a model is built on the meta device
+        return _recognise_values(module)
+
+
+def _recognise_values(module: nn.Module) -> Target | None:
     grid, known = _grid()
     training = module.training
     module.eval()

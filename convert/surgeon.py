@@ -17,6 +17,7 @@ from ..interp.errors import OrthoactError
 from ..interp.fit import DERIVATIVE_WEIGHT, Fit, fit
 from .audit import Audit, Left, audit
 from .budget import sensitivities, share
+from .calls import exposed, hide_
 from .record import attach, detach, put
 from .sites import Site, recognise, survey
 
@@ -89,11 +90,10 @@ class Conversion:
 
 def inspect_model(model: nn.Module, **choice) -> tuple[list[Site], list[Left]]:
     """The sites that would be converted and everything that would be left; `choice` as in `find_sites`."""
-    found = survey(model, **choice)
-    seen = audit(model, found)
-    if seen.ran:  # an expert may get no token of a short input; anything else that is not called is dead
-        dead = {s.name for s in found if s.name not in seen.calls and "expert" not in s.name}
-        found = [replace(s, left=s.left or "never called in a forward pass") if s.name in dead else s for s in found]
+    with exposed(model):
+        found = survey(model, **choice)
+        seen = audit(model, found)
+    found = [replace(s, left=s.left or "never called in a forward pass") if s.name in seen.dead else s for s in found]
     sites = [replace(s, channel=seen.channels.get(s.name), width=seen.widths.get(s.name)) for s in found if not s.left]
     return sites, _left(found, seen)
 
@@ -223,6 +223,11 @@ def convert_(model: nn.Module, plan_: Plan | None = None, **options) -> Conversi
         raise OrthoactError(f"options {', '.join(options)} beside a plan: give them to plan, which has made its choice")
     made = plan_ or plan(model, **options)
     _refuse_converted(model)
+    with exposed(model):
+        return _carry_out(model, made)
+
+
+def _carry_out(model: nn.Module, made: Plan) -> Conversion:
     there = dict(model.named_modules(remove_duplicate=False))
     for site in made.sites:
         old = recognise(site.name, there[site.name]) if site.name in there else None
@@ -263,6 +268,7 @@ def revert_(model: nn.Module) -> nn.Module:
         raise OrthoactError(f"the original activation of {lost[0]} is not known: load the base model instead")
     for name, m in found.items():
         put(model, name, m.original)  # pyright: ignore[reportArgumentType]
+    hide_(model.modules())
     detach(model)
     return model
 
