@@ -43,17 +43,18 @@ def shrink(config: dict[str, Any], *, widths: bool = True) -> dict[str, Any]:
     indices = [
         k
         for k, v in config.items()
-        if isinstance(v, list | tuple) and v and LISTED.search(k) and all(type(i) is int for i in v)
+        if isinstance(v, list | tuple) and v and LISTED.search(str(k)) and all(type(i) is int for i in v)
     ]
     most = max([2, *(len(config[k]) for k in indices)])
     for key, value in config.items():
-        if type(value) is int and LAYERS.match(key) and key not in KEPT_LAYERS and value > most:
+        if type(value) is int and LAYERS.match(str(key)) and key not in KEPT_LAYERS and value > most:
             lengths[value] = small[key] = most
     if "depths" in config and isinstance(config["depths"], list):
         small["depths"] = [min(d, 1) for d in config["depths"]]
     for key, value in config.items():
         if isinstance(value, dict):
-            small[key] = shrink(value, widths=widths) if key not in ("id2label", "label2id") else value
+            plain = key in ("id2label", "label2id") or not all(isinstance(k, str) for k in value)
+            small[key] = value if plain else shrink(value, widths=widths)
         elif key in indices and lengths:
             first = 1 if key in ("out_indices",) else 0
             if max(value) + 1 - first >= most:
@@ -76,7 +77,7 @@ def tokens(config: dict[str, Any]) -> dict[str, Any]:
         for key, value in part.items():
             if isinstance(value, dict):
                 value = visit(value)
-            elif re.search(r"token_(id|index)$", key):
+            elif re.search(r"token_(id|index)$", str(key)):
                 values = value if isinstance(value, list) else [value]
                 values = [
                     renamed.setdefault(v, VOCABULARY - 1 - len(renamed)) if type(v) is int and v >= VOCABULARY else v

@@ -222,7 +222,7 @@ def _class_node(cls: type) -> ast.ClassDef | None:
     return None if "." in cls.__qualname__ else _class_nodes(cls.__module__).get(cls.__name__)
 
 
-def _candidates(method: ast.FunctionDef) -> Iterator[tuple[ast.expr, str, ast.expr | None, tuple]]:
+def _candidates(method: ast.FunctionDef) -> Iterator[tuple[Any, str, ast.expr | None, tuple]]:
     """The expressions of a method that may be a call of an activation: name, function, arguments beside the input."""
     me = method.args.args[0].arg
     bare = {id(s.value) for s in ast.walk(method) if isinstance(s, ast.Expr)}
@@ -232,7 +232,7 @@ def _candidates(method: ast.FunctionDef) -> Iterator[tuple[ast.expr, str, ast.ex
         if isinstance(s, ast.Assign) and len(s.targets) == 1
     }
     for node in ast.walk(method):
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        if isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.Mult):
             if (scale := _written_out(node)) is not None:
                 yield node, "silu", None, scale
         elif isinstance(node, ast.Call) and id(node) not in bare:
@@ -272,19 +272,25 @@ def _called(node: ast.Call, me: str) -> tuple[str, ast.expr, ast.expr, tuple] | 
     return None
 
 
-def _written_out(node: ast.BinOp) -> tuple | None:
-    """The scale of x * sigmoid(scale * x), empty for 1; None for another product."""
-    for x, gate in ((node.left, node.right), (node.right, node.left)):
+def _written_out(node: ast.BinOp | ast.AugAssign) -> tuple | None:
+    """The scale of x * sigmoid(scale * x) or x *= sigmoid(scale * x), empty for 1; None for another product."""
+    for x, gate in _factors(node):
         inner = _sigmoid(gate)
         if inner is None or not isinstance(x, ast.Name | ast.Attribute):
             continue
-        if ast.dump(inner) == ast.dump(x):
+        if ast.unparse(inner) == ast.unparse(x):
             return ()
         if isinstance(inner, ast.BinOp) and isinstance(inner.op, ast.Mult):
             for factor, scale in ((inner.left, inner.right), (inner.right, inner.left)):
-                if ast.dump(factor) == ast.dump(x):
+                if ast.unparse(factor) == ast.unparse(x):
                     return (("scale", scale),)
     return None
+
+
+def _factors(node: ast.BinOp | ast.AugAssign) -> list[tuple[ast.expr, ast.expr]]:
+    if isinstance(node, ast.AugAssign):
+        return [(node.target, node.value)]
+    return [(node.left, node.right), (node.right, node.left)]
 
 
 def _sigmoid(node: ast.expr) -> ast.expr | None:
@@ -469,16 +475,15 @@ class _Replace(ast.NodeTransformer):
         self.me, self.children = me, children
 
     def visit(self, node: ast.AST) -> Any:
-        at = _position(node) if isinstance(node, ast.expr) else ()
+        at = _position(node) if isinstance(node, ast.expr | ast.AugAssign) else ()
         child = self.children.get(at)
         taken = None
         if child is not None and isinstance(node, ast.Call):
             called = _called(node, self.me)
             taken = called[2] if called else None
-        elif child is not None and isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        elif child is not None and isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.Mult):
             if _written_out(node) is not None:
-                inner = _sigmoid(node.right)
-                taken = node.left if inner is not None else node.right
+                taken = next(x for x, gate in _factors(node) if _sigmoid(gate) is not None)
         if taken is None:
             node = self.generic_visit(node)
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super":
@@ -487,4 +492,8 @@ class _Replace(ast.NodeTransformer):
             return node
         del self.children[at]
         function = ast.Attribute(ast.Name(self.me, ast.Load()), str(child), ast.Load())
-        return ast.copy_location(ast.Call(function, [self.visit(taken)], []), node)
+        call = ast.Call(function, [self.visit(copy.deepcopy(taken))], [])
+        if not isinstance(node, ast.AugAssign):
+            return ast.copy_location(call, node)
+        call.args[0].ctx = ast.Load()
+        return ast.copy_location(ast.Assign([node.target], call), node)

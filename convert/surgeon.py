@@ -90,12 +90,17 @@ class Conversion:
 
 def inspect_model(model: nn.Module, **choice) -> tuple[list[Site], list[Left]]:
     """The sites that would be converted and everything that would be left; `choice` as in `find_sites`."""
+    return examine(model, **choice)[:2]
+
+
+def examine(model: nn.Module, **choice) -> tuple[list[Site], list[Left], Audit]:
+    """`inspect_model` with what the audit saw."""
     with exposed(model):
         found = survey(model, **choice)
         seen = audit(model, found)
     found = [replace(s, left=s.left or "never called in a forward pass") if s.name in seen.dead else s for s in found]
     sites = [replace(s, channel=seen.channels.get(s.name), width=seen.widths.get(s.name)) for s in found if not s.left]
-    return sites, _left(found, seen)
+    return sites, _left(found, seen), seen
 
 
 def _left(found: list[Site], seen: Audit) -> list[Left]:
