@@ -76,6 +76,7 @@ choosing = _options(
     click.option("--exclude", multiple=True, metavar="GLOB", help="Not sites of this name."),
     click.option("--include-heads", is_flag=True, help="Also the activations of heads and poolers."),
 )
+share = click.option("--share", is_flag=True, help="Sites with one module keep one activation; default: one for each.")
 
 
 def _console():
@@ -251,6 +252,7 @@ def fit(target, family, degree, tolerance, tails, derivative_weight, mean, std, 
 @_options(fitting, choosing)
 @click.option("--parameters", type=int, help="Not --degree: share so many learnable numbers over the sites.")
 @click.option("--groups", type=_Groups(), help="Numbers of its own for each of so many groups of channels.")
+@share
 @loading
 @click.option("--calibrate", type=click.Path(), help="Fit each site to what this data shows of it: as --data.")
 @click.option("--limit", type=int, help="Calibrate on so many tokens, texts or images.  [default: 2,048, 128, 128]")
@@ -271,6 +273,7 @@ def convert(
     include,
     exclude,
     include_heads,
+    share,
     groups,
     task,
     dtype,
@@ -325,7 +328,7 @@ def convert(
             )
         calibrated = perf_counter() - clock
     with _status("fitting", not quiet):
-        made = plan(source.model, domains=laws, groups=groups, **choice, **options)
+        made = plan(source.model, domains=laws, groups=groups, share=share, **choice, **options)
     if strict:
         _refuse_left(made.left)
     report: dict[str, Any] = {

@@ -429,7 +429,7 @@ def smallest() -> list[str]:
     return sorted(f"trip:{name}" for _, name in best.values())
 
 
-def run(only: str, again: str) -> None:
+def run(only: str, again: str, most: int) -> None:
     warnings.simplefilter("ignore")
     first = transformers_names()
     names = [n for n in first if n.startswith("transformers")] + [f"timm:{n}" for n in timm_names()]
@@ -439,6 +439,7 @@ def run(only: str, again: str) -> None:
         known = read()
         redo = {n for n, row in known.items() if again and (again == "all" or again in json.dumps(row))}
         todo = [n for n in stage if fnmatch.fnmatch(n, only) and (n not in known or n in redo)]
+        todo, most = todo[:most], most - len(todo[:most])
         print(len(stage), "models,", len(todo), "to do", flush=True)
         for i in range(0, len(todo), BATCH):
             batch = todo[i : i + BATCH]
@@ -466,9 +467,10 @@ if __name__ == "__main__":
     parser.add_argument("job", choices=["run", "work", "table"])
     parser.add_argument("names", nargs="*")
     parser.add_argument("--only", default="*")
+    parser.add_argument("--most", type=int, default=10**9, help="at most so many rows in this run")
     parser.add_argument("--again", default="", help="also rows that hold this text; 'all'")
     arguments = parser.parse_args()
     if arguments.job == "work":
         work(arguments.names)
     elif arguments.job == "run":
-        run(arguments.only, arguments.again)
+        run(arguments.only, arguments.again, arguments.most)

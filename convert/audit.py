@@ -95,7 +95,9 @@ class _Watcher:
     def __init__(self, model: nn.Module, sites: list[Site]):
         self.model, self.sites, self.result = model, sites, Audit()
         self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.watched = {id(self.modules[site.name]): site.name for site in sites if site.name in self.modules}
+        self.watched: dict[int, list[str]] = {}  # one module may be at several places
+        for site in sites:
+            self.watched.setdefault(id(self.modules[site.name]), []).append(site.name)
         self.paths = {id(module): path for path, module in model.named_modules()}
         self.finished: set[int] = set()
         self.kinds: set[type] = set()  # classes of which a module has run to its end
@@ -218,8 +220,7 @@ class _Watcher:
         return failure
 
     def _before(self, module: nn.Module, args: tuple) -> None:
-        name = self.watched.get(id(module))
-        if name is not None:
+        for name in self.watched.get(id(module), ()):
             self.called[name] += 1
             if args and isinstance(args[0], Tensor):  # before the call: an in-place activation overwrites its input
                 x = args[0]

@@ -57,6 +57,22 @@ class Call(nn.Module):
         return getattr(self.function, "__name__", repr(self.function))
 
 
+class Shared(nn.Module):
+    """The activation of another site, where several had one module and keep one; it holds no tensor of its own."""
+
+    def __init__(self, activation: Activation):
+        super().__init__()
+        self._activation = [activation]  # in a list: not a child, so that its tensors are in a file once
+
+    @property
+    def activation(self) -> Activation:
+        """The activation that runs."""
+        return self._activation[0]
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.activation(input)
+
+
 def scaled_silu(x: Tensor, scale: float = 1.0) -> Tensor:
     """X sigmoid(scale x), as models write it out."""
     return x * torch.sigmoid(scale * x)
@@ -101,7 +117,7 @@ def hide_(owners: Iterable[nn.Module]) -> None:
     """Take away the children that stand for calls, but for those that a learnable activation has replaced."""
     for owner in list(owners):
         held = children_of(owner)
-        kept = {name: child for name, child in held.items() if isinstance(child, Activation)}
+        kept = {name: child for name, child in held.items() if isinstance(child, Activation | Shared)}
         if len(kept) < len(held):
             _settle(owner, base_of(owner), kept)
 

@@ -8,6 +8,7 @@ built, and the record then replaces them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -20,7 +21,7 @@ from ..interp.activation import TENSORS, Activation
 from ..interp.domains import law_from_dict
 from ..interp.errors import OrthoactError
 from ..interp.fit import fit
-from .calls import expose_, hide_, settle_fused_path
+from .calls import Shared, expose_, hide_, settle_fused_path
 
 SENTINEL = "orthoact"
 FORMAT = 2
@@ -46,6 +47,10 @@ def describe(activations: Mapping[str, Activation]) -> dict[str, Any]:
         }
         for name, act in activations.items()
     }
+    first: dict[int, str] = {}
+    for name, act in activations.items():
+        if first.setdefault(id(act), name) != name:
+            sites[name]["shared"] = first[id(act)]
     return {"format": FORMAT, "version": __version__, "sites": sites}
 
 
@@ -54,6 +59,7 @@ def attach(model: nn.Module, activations: Mapping[str, Activation]) -> dict[str,
     spec = describe(activations)
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_dict"):
+        config = _own_config(model, config)
         spec["activations"] = dict(activation_keys(config.to_dict()))
         if not spec["activations"] or not _fails_without(model, config, spec):
             spec["fusion_sentinel"] = True
@@ -61,6 +67,15 @@ def attach(model: nn.Module, activations: Mapping[str, Activation]) -> dict[str,
     elif hasattr(model, "pretrained_cfg"):
         attach_timm(model, spec)
     return spec
+
+
+def _own_config(model: nn.Module, config: Any) -> Any:
+    """A config of the model's own: another model that was built from the same object must not get the record."""
+    own = copy.copy(config)
+    for module in model.modules():
+        if module.__dict__.get("config") is config:
+            module.__dict__["config"] = own
+    return own
 
 
 def attach_timm(model: Any, spec: dict[str, Any]) -> None:
@@ -185,7 +200,8 @@ def install(model: nn.Module, spec: Mapping[str, Any], *, complete: bool) -> lis
     check(spec)
     installed = []
     calls = expose_(model) if None in located(model, spec).values() else []
-    for name, here in located(model, spec).items():
+    places = located(model, spec)
+    for name, here in places.items():
         if here is None:
             if complete:
                 raise OrthoactError(
@@ -195,7 +211,10 @@ def install(model: nn.Module, spec: Mapping[str, Any], *, complete: bool) -> lis
             continue
         installed.append(here)
         old = model.get_submodule(here)
-        if not isinstance(old, Activation):
+        shared = places.get(spec["sites"][name].get("shared", ""))
+        if shared is not None:
+            put(model, here, Shared(model.get_submodule(shared)))  # pyright: ignore[reportArgumentType]
+        elif not isinstance(old, Activation):
             put(model, here, _rebuild(name, spec["sites"][name], old))
     hide_(calls)
     return installed
@@ -213,6 +232,11 @@ def located(model: nn.Module, spec: Mapping[str, Any]) -> dict[str, str | None]:
     """Each recorded name with the path that it has in this model, None where it has none."""
     prefix = getattr(model, "base_model_prefix", "")
     return {name: _find(model, name, prefix) for name in spec["sites"]}
+
+
+def holds(model: nn.Module) -> set[str]:
+    """The paths of a model's learnable activations."""
+    return {n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Activation | Shared)}
 
 
 def _find(model: nn.Module, name: str, prefix: str) -> str | None:

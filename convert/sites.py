@@ -55,6 +55,8 @@ class Site:
     """The axis of its input that counts channels, None where no forward pass could tell."""
     width: int | None = None
     """The number of channels, where a forward pass told."""
+    shared: str = ""
+    """The first site with the very same module; empty for that one and for a module of one site."""
 
     @property
     def key(self) -> object:
@@ -93,7 +95,7 @@ def survey(
     include = (include,) if isinstance(include, str) else tuple(include)
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     trunk = _trunk(model)
-    sites, slots = [], set()
+    sites, slots, first = [], set(), {}
     for path, parent in model.named_modules(remove_duplicate=False):
         for leaf, child in parent._modules.items():
             if child is None or (id(parent), leaf) in slots:  # a parent at several paths has each slot once
@@ -104,7 +106,8 @@ def survey(
             if site is None:
                 continue
             left = site.left or _reason(site, trunk, include, exclude, include_heads)
-            sites.append(replace(site, left=left))
+            shared = first.setdefault(id(child), name) if not left else name
+            sites.append(replace(site, left=left, shared="" if shared == name else shared))
     return sites
 
 
