@@ -258,6 +258,10 @@ def fit(target, family, degree, tolerance, tails, derivative_weight, mean, std, 
 @click.option("--dry-run", is_flag=True, help="Plan only; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT; refit a MODEL that is converted already.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the probe batch and of --calibrate.")
+@click.option("--adapter", is_flag=True, help="Write the activations alone, a few kB, as an adapter of PEFT.")
+@click.option("--standalone", is_flag=True, help="Add a code file: without orthoact, by trust_remote_code=True.")
+@click.option("--push-to-hub", metavar="REPO", help="Push OUTPUT to this repository of the Hub.")
+@click.option("--private", is_flag=True, help="Of --push-to-hub: a repository that only you see, if it is new.")
 @_options(strict, as_json, quiet)
 def convert(
     model,
@@ -283,6 +287,10 @@ def convert(
     dry_run,
     overwrite,
     seed,
+    adapter,
+    standalone,
+    push_to_hub,
+    private,
     strict,
     as_json,
     quiet,
@@ -303,7 +311,14 @@ def convert(
     options = _fit_options(family, degree, tolerance, tails, derivative_weight, parameters)
     if limit is not None and calibrate is None:
         raise click.UsageError("--limit bounds the data of --calibrate: give that too")
+    if adapter and standalone:
+        raise click.UsageError("give one of --adapter and --standalone")
+    form = "adapter" if adapter else "standalone" if standalone else "full"
     out = output or _default_output(model, family)
+    if push_to_hub and not dry_run:
+        from .convert.hub import check_push
+
+        check_push(push_to_hub)
     if not dry_run:
         check_output(out, overwrite=overwrite)
     _silence_libraries()
@@ -352,12 +367,27 @@ def convert(
             record |= {"fits": {s.name: f.to_dict() for s, f in zip(made.sites, made.fits, strict=True)}}
             if laws:
                 record |= {"calibration": {name: law.histogram() for name, law in laws.items()}}
-            save(source.model, out, source=source, report=record, overwrite=overwrite)
+            made_by = {"form": form, "seed": seed, "command": _command()}
+            save(source.model, out, source=source, report=record, overwrite=overwrite, **made_by)
             report["seconds"]["save"] = perf_counter() - clock
+        if push_to_hub:
+            from .convert.hub import push as push_folder
+
+            with _status(f"pushing {out} to {push_to_hub}", not quiet):
+                report["pushed"] = push_folder(out, push_to_hub, private=private)
     if as_json:
         _print_json(report)
     elif not quiet:
         _report(model, report, made)
+
+
+def _command() -> list[str]:
+    """The command line as it was given, for the record; nothing where another program calls these functions."""
+    import sys
+
+    name = Path(sys.argv[0]).name
+    ours = name.removesuffix(".exe") in ("orthoact", "__main__.py")
+    return ["orthoact", *sys.argv[1:]] if ours else []
 
 
 def _default_output(model: str, family: str) -> Path:

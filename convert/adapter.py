@@ -8,6 +8,8 @@ An adapter is a folder of a few kB: `adapter_config.json` names the base model a
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,9 +28,11 @@ from torch import Tensor, nn
 
 from ..interp.activation import TENSORS, Activation
 from ..interp.errors import OrthoactError
-from .names import CONFIG, METHOD, WEIGHTS, portable
+from .names import CONFIG, DEMO, DEMO_NAME, METHOD, WEIGHTS, portable
+from .provenance import record_in, recorded_sha256, weight_files, weights_folder
 from .record import SENTINEL, attach, check, check_tensors, located, put, put_in, rebuilt, spec_of, start
 from .sites import recognise
+from .sources import Source, load_source
 
 TESTED = ("0.21", "0.21")
 """First and last minor version of PEFT that the tests ran on."""
@@ -298,10 +302,7 @@ def shapes_at(model: nn.Module, path: str) -> dict[str, list[int]]:
 
 
 def check_base(model: nn.Module, record: Mapping[str, Any]) -> dict[str, str]:
-    """Each recorded name with its path in `model`; `OrthoactError` where the model is not what the adapter was made of.
-
-    A model of another class may lack some of the activations (the trunk of a model with a head that has one).
-    """
+    """Each recorded name with its path in `model`; `OrthoactError` where it is not a model that the adapter fits."""
     check(record)
     places, shapes, made_of = {}, None, record.get("base", {}).get("model") or "the base model"
     kind = type(model).__name__
@@ -402,6 +403,42 @@ def write_adapter(model: nn.Module, folder: Path) -> None:
         for key in ("theta", "fixed"):
             tensors[f"base_model.model.{name}.{LAYER}.{key}"] = getattr(packed, key).detach().cpu().contiguous()
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+
+def load_applied(name: str, folder: Path, local: bool, **options) -> Source:
+    """The base that an adapter names, loaded and converted by it; a base with other weights than it had is refused.
+
+    A local base is looked for by its name beside a local adapter; a Hub id is loaded at the recorded revision.
+    """
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    base, recorded = config.get("base_model_name_or_path"), record_in(config).get("base", {})
+    if not isinstance(base, str) or not (
+        DEMO_NAME.fullmatch(base) or re.fullmatch(r"(timm:)?\w[\w.-]*(/[\w.-]+)?", base)
+    ):
+        raise OrthoactError(
+            f"{name}: an adapter whose base model is {str(base)[:60]!r}; load the base yourself and give it to "
+            f"PeftModel.from_pretrained"
+        )
+    beside = folder.parent / base
+    found = DEMO if DEMO_NAME.fullmatch(base) else str(beside) if local and beside.is_dir() else base
+    if (path := Path(found)).is_dir() and not (path / "config.json").is_file():
+        raise OrthoactError(f"{name}: its base model {base} is an adapter or no model; expected a checkpoint folder")
+    revision = config.get("revision") if found == base and not Path(found).is_dir() else None
+    source = load_source(found, revision=revision, **options)
+    if source.converted:
+        raise OrthoactError(f"{name}: its base model {base} is converted already; expected the original")
+    files, weights = recorded.get("files") or {}, weights_folder(source)
+    for file in weight_files(weights) if files and weights else []:
+        if files.get(file.name) != recorded_sha256(file):
+            raise OrthoactError(
+                f"{name}: the weights {file.name} of {base} are not those that the adapter was made of; "
+                f"give PeftModel.from_pretrained the base at revision {recorded.get('revision')}"
+            )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks for the old name
+        peft_model = peft.PeftModel.from_pretrained(source.model, str(folder))
+    source.model = cast(Any, peft_model).merge_and_unload().eval()
+    return Source(source.model, name, source.kind, source.folder, config.get("revision"))
 
 
 def load_into(model: Any, name: str, adapter_name: str, *, is_trainable: bool = False, **download) -> set[str]:
