@@ -521,6 +521,56 @@ def revert(out, output, overwrite, task, dtype, revision, trust_remote_code, dev
 
 
 @main.command()
+@click.argument("out")
+@click.option("--base", help="The model that OUT was made of.  [default: the one that it names]")
+@_options(loading, as_json, quiet)
+def verify(out, base, task, dtype, revision, trust_remote_code, device, as_json, quiet):
+    """Prove that every tensor of the converted model OUT but those of its activations is bit-equal to its base.
+
+    The base's files are compared with the hashes in the record too. Exit code 1 where anything differs.
+    """
+    from .convert.verify import verify as compare
+    from .interp.errors import OrthoactError
+
+    _silence_libraries()
+    loads = {"task": task, "dtype": dtype, "trust_remote_code": trust_remote_code, "device": device}
+    with _status(f"comparing {out} with its base", not quiet):
+        result = compare(out, base, revision=revision, **loads)
+    if as_json:
+        _print_json(result)
+    elif not quiet:
+        shown = ("base", "revision", "tensors", "activations")
+        rows = [[key, result[key]] for key in shown] + [[name, state] for name, state in result["files"].items()]
+        _table("bit-equal to its base" if result["verified"] else "not its base", ["", ""], rows)
+    if not result["verified"]:
+        wrong = [f"{k}: {', '.join(result[k][:3])}" for k in ("differ", "missing", "added") if result[k]]
+        wrong += [f"{name} {state}" for name, state in result["files"].items() if state == "differs"]
+        raise OrthoactError(f"{out} is not {result['base']} with other activations: {'; '.join(wrong) or 'no tensor'}")
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="A repository that only you see, if it is new.")
+@click.option("--revision", help="Branch to push to, made if absent.  [default: main]")
+@click.option("--dry-run", is_flag=True, help="List the files; push nothing.")
+@click.option("--message", help="Of the commit.")
+@_options(as_json, quiet)
+def push(out, repo, private, revision, dry_run, message, as_json, quiet):
+    """Push the converted model or adapter OUT to the Hub repository REPO, in one commit, with a card."""
+    from .convert.hub import push as push_folder
+
+    _silence_libraries()
+    with _status(f"pushing {out} to {repo}", not quiet and not dry_run):
+        result = push_folder(out, repo, private=private, revision=revision, dry_run=dry_run, message=message)
+    if as_json:
+        _print_json(result)
+    elif not quiet:
+        _table(f"{len(result['files'])} files", ["path", "bytes"], [[f["path"], f["bytes"]] for f in result["files"]])
+        _console().print("dry run: nothing was pushed" if dry_run else f"pushed to {result['url']}")
+
+
+@main.command()
 @as_json
 def families(as_json):
     """The families of learnable activations: formula, learnable numbers, smoothness, cost, reference.

@@ -91,21 +91,20 @@ def push(
     times in all; a commit is there whole or not at all. Raises `OrthoactError` without a token or the right to write,
     for a wrong name, and where the network stays away.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     folder = Path(folder)
     paths = files_of(folder)
     contents: dict[str, bytes | Path] = {path.relative_to(folder).as_posix(): path for path in paths}
     made = {} if "README.md" in contents else make_card(folder, repo)
-    contents |= made
-    sizes = {k: len(v) if isinstance(v, bytes) else v.stat().st_size for k, v in contents.items()}
-    result: dict[str, Any] = {
-        "repo": repo,
-        "revision": revision or "main",
-        "files": [{"path": name, "bytes": sizes[name]} for name in sorted(sizes)],
-    }
+
+    def result() -> dict[str, Any]:
+        held = sorted((made | contents).items())
+        rows = [{"path": k, "bytes": len(v) if isinstance(v, bytes) else v.stat().st_size} for k, v in held]
+        return {"repo": repo, "revision": revision or "main", "files": rows}
+
     if dry_run:
-        return result
+        return result()
     check_push(repo)
     api = HfApi()
 
@@ -113,34 +112,26 @@ def push(
         return _retried(step, repo, wait)
 
     url = tried(lambda: api.create_repo(repo, private=private or None, exist_ok=True))
-    repo = getattr(url, "repo_id", None) or repo
+    repo = getattr(url, "repo_id", None) or repo  # with its owner
     if revision and not revision.startswith("refs/"):
         tried(lambda: api.create_branch(repo, branch=revision, exist_ok=True))
     if made and tried(lambda: api.file_exists(repo, "README.md", revision=revision)):
-        theirs = tried(lambda: ModelCard.load(repo, ignore_metadata_errors=True) if revision is None else None)
-        if theirs is not None and MARK not in theirs.content:  # somebody wrote it by hand
-            for name in made:
-                del contents[name]
+        path = tried(lambda: api.hf_hub_download(repo, "README.md", revision=revision))
+        if MARK not in Path(path).read_text(encoding="utf-8", errors="replace"):
+            made = {}  # somebody wrote it by hand
+    made = make_card(folder, repo) if made else {}
     operations = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=data if isinstance(data, bytes) else str(data))
-        for name, data in contents.items()
+        for name, data in (made | contents).items()
     ]
-    done = tried(
-        lambda: api.create_commit(
-            repo,
-            operations,
-            commit_message=message or f"Add {folder.resolve().name}, converted by orthoact",
-            revision=revision,
-        )
-    )
-    result["files"] = [row for row in result["files"] if row["path"] in contents]
-    return result | {"repo": repo, "url": str(url), "commit": done.oid}
+    title = message or f"Add {folder.resolve().name}, converted by orthoact"
+    done = tried(lambda: api.create_commit(repo, operations, commit_message=title, revision=revision))
+    return result() | {"url": str(url), "commit": done.oid}
 
 
 def _retried(step: Callable[[], T], repo: str, wait: float) -> T:
     """The result of a step that may meet a fault of the network; what is no such fault becomes one sentence."""
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     last: Exception = RuntimeError("never tried")
     for attempt in range(ATTEMPTS):
@@ -165,7 +156,7 @@ def _retried(step: Callable[[], T], repo: str, wait: float) -> T:
                 why = (error.server_message or str(error)).strip().splitlines()[0]
                 raise OrthoactError(f"{repo}: the Hub refused ({status}): {why}") from error
             last = error
-        except (httpx.TransportError, ConnectionError, TimeoutError) as error:
+        except (HTTPError, ConnectionError, TimeoutError) as error:
             last = error
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     why = (str(last).strip().splitlines() or [type(last).__name__])[0]

@@ -155,6 +155,12 @@ def _folder(name: str, revision: str | None) -> tuple[Path, bool]:
     return _download(name, revision, ["config.json", "README.md", CONFIG, WEIGHTS, *CARRIED]), False
 
 
+def fetch(name: str, patterns: list[str]) -> Path:
+    """The folder of a model, its files of these patterns downloaded where it is a Hub id."""
+    folder, local = _folder(name, None)
+    return folder if local else _download(name, None, [*patterns, "config.json", CONFIG])
+
+
 def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
