@@ -260,6 +260,10 @@ def fit(target, family, degree, tolerance, tails, derivative_weight, mean, std, 
 @click.option("--dry-run", is_flag=True, help="Plan only; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT; refit a MODEL that is converted already.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the probe batch and of --calibrate.")
+@click.option("--adapter", is_flag=True, help="Write the activations alone, a few kB, as an adapter of PEFT.")
+@click.option("--standalone", is_flag=True, help="Add a code file: without orthoact, by trust_remote_code=True.")
+@click.option("--push-to-hub", metavar="REPO", help="Push OUTPUT to this repository of the Hub.")
+@click.option("--private", is_flag=True, help="Of --push-to-hub: a repository that only you see, if it is new.")
 @_options(strict, as_json, quiet)
 def convert(
     model,
@@ -286,6 +290,10 @@ def convert(
     dry_run,
     overwrite,
     seed,
+    adapter,
+    standalone,
+    push_to_hub,
+    private,
     strict,
     as_json,
     quiet,
@@ -306,7 +314,14 @@ def convert(
     options = _fit_options(family, degree, tolerance, tails, derivative_weight, parameters)
     if limit is not None and calibrate is None:
         raise click.UsageError("--limit bounds the data of --calibrate: give that too")
+    if adapter and standalone:
+        raise click.UsageError("give one of --adapter and --standalone")
+    form = "adapter" if adapter else "standalone" if standalone else "full"
     out = output or _default_output(model, family)
+    if push_to_hub and not dry_run:
+        from .convert.hub import check_push
+
+        check_push(push_to_hub)
     if not dry_run:
         check_output(out, overwrite=overwrite)
     _silence_libraries()
@@ -355,12 +370,27 @@ def convert(
             record |= {"fits": {s.name: f.to_dict() for s, f in zip(made.sites, made.fits, strict=True)}}
             if laws:
                 record |= {"calibration": {name: law.histogram() for name, law in laws.items()}}
-            save(source.model, out, source=source, report=record, overwrite=overwrite)
+            made_by = {"form": form, "seed": seed, "command": _command()}
+            save(source.model, out, source=source, report=record, overwrite=overwrite, **made_by)
             report["seconds"]["save"] = perf_counter() - clock
+        if push_to_hub:
+            from .convert.hub import push as push_folder
+
+            with _status(f"pushing {out} to {push_to_hub}", not quiet):
+                report["pushed"] = push_folder(out, push_to_hub, private=private)
     if as_json:
         _print_json(report)
     elif not quiet:
         _report(model, report, made)
+
+
+def _command() -> list[str]:
+    """The command line as it was given, for the record; nothing where another program calls these functions."""
+    import sys
+
+    name = Path(sys.argv[0]).name
+    ours = name.removesuffix(".exe") in ("orthoact", "__main__.py")
+    return ["orthoact", *sys.argv[1:]] if ours else []
 
 
 def _default_output(model: str, family: str) -> Path:
@@ -491,6 +521,56 @@ def revert(out, output, overwrite, task, dtype, revision, trust_remote_code, dev
         _print_json({"output": str(output)})
     elif not quiet:
         _console().print(f"wrote {output}")
+
+
+@main.command()
+@click.argument("out")
+@click.option("--base", help="The model that OUT was made of.  [default: the one that it names]")
+@_options(loading, as_json, quiet)
+def verify(out, base, task, dtype, revision, trust_remote_code, device, as_json, quiet):
+    """Prove that every tensor of the converted model OUT but those of its activations is bit-equal to its base.
+
+    The base's files are compared with the hashes in the record too. Exit code 1 where anything differs.
+    """
+    from .convert.verify import verify as compare
+    from .interp.errors import OrthoactError
+
+    _silence_libraries()
+    loads = {"task": task, "dtype": dtype, "trust_remote_code": trust_remote_code, "device": device}
+    with _status(f"comparing {out} with its base", not quiet):
+        result = compare(out, base, revision=revision, **loads)
+    if as_json:
+        _print_json(result)
+    elif not quiet:
+        shown = ("base", "revision", "tensors", "activations")
+        rows = [[key, result[key]] for key in shown] + [[name, state] for name, state in result["files"].items()]
+        _table("bit-equal to its base" if result["verified"] else "not its base", ["", ""], rows)
+    if not result["verified"]:
+        wrong = [f"{k}: {', '.join(result[k][:3])}" for k in ("differ", "missing", "added") if result[k]]
+        wrong += [f"{name} {state}" for name, state in result["files"].items() if state == "differs"]
+        raise OrthoactError(f"{out} is not {result['base']} with other activations: {'; '.join(wrong) or 'no tensor'}")
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="A repository that only you see, if it is new.")
+@click.option("--revision", help="Branch to push to, made if absent.  [default: main]")
+@click.option("--dry-run", is_flag=True, help="List the files; push nothing.")
+@click.option("--message", help="Of the commit.")
+@_options(as_json, quiet)
+def push(out, repo, private, revision, dry_run, message, as_json, quiet):
+    """Push the converted model or adapter OUT to the Hub repository REPO, in one commit, with a card."""
+    from .convert.hub import push as push_folder
+
+    _silence_libraries()
+    with _status(f"pushing {out} to {repo}", not quiet and not dry_run):
+        result = push_folder(out, repo, private=private, revision=revision, dry_run=dry_run, message=message)
+    if as_json:
+        _print_json(result)
+    elif not quiet:
+        _table(f"{len(result['files'])} files", ["path", "bytes"], [[f["path"], f["bytes"]] for f in result["files"]])
+        _console().print("dry run: nothing was pushed" if dry_run else f"pushed to {result['url']}")
 
 
 @main.command()

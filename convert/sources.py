@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..interp.errors import OrthoactError
+from .names import CONFIG, DEMO, DEMO_NAME, WEIGHTS, is_adapter
 from .record import spec_of
 
 log = logging.getLogger("orthoact")
@@ -32,8 +33,6 @@ TASKS = {
 """What `--task` chooses; without it the class that the checkpoint was saved from."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-DEMO = "demo"
 
 REPORT = "orthoact.json"
 """The file beside the weights that says how they were made: base, sites with their fits, what is left, versions."""
@@ -67,7 +66,8 @@ class Source:
         """The name of the model that this one was converted from; its own name where it was not."""
         report = self.folder / REPORT if self.folder else None
         recorded = _read_json(report, self.name).get("base", {}) if report and report.is_file() else {}
-        return recorded.get("model", self.name)
+        name = recorded.get("model") or (spec_of(self.model) or {}).get("base", {}).get("model") or self.name
+        return DEMO if DEMO_NAME.fullmatch(name) else name
 
     @property
     def converted(self) -> bool:
@@ -96,6 +96,11 @@ def load_source(
         source = _timm(name, name.removeprefix("timm:"), None, revision)
     else:
         folder, local = _folder(name, revision)
+        if is_adapter(folder):
+            from .adapter import load_applied
+
+            options = {"task": task, "dtype": dtype, "trust_remote_code": trust_remote_code, "device": device}
+            return load_applied(folder.resolve().name if local else name, folder, local, **options)
         config = _read_json(folder / "config.json", name)
         recorded = DEMO if name == DEMO else folder.resolve().name if local else name
         if local and revision:
@@ -139,7 +144,7 @@ def _folder(name: str, revision: str | None) -> tuple[Path, bool]:
         return demo_folder(), True
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not (path / "config.json").is_file() and not is_adapter(path):
             held = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
             raise OrthoactError(f"{name}: expected a checkpoint folder with a config.json, it holds {held}")
         return path, True
@@ -147,7 +152,13 @@ def _folder(name: str, revision: str | None) -> tuple[Path, bool]:
         raise OrthoactError(f"{name}: expected a checkpoint folder, this is a file; give the folder that holds it")
     if not re.fullmatch(r"[\w][\w.-]*(/[\w.-]+)?", name):
         raise OrthoactError(f"{name}: there is no such folder, and it is no Hub id; check the path")
-    return _download(name, revision, ["config.json", *CARRIED]), False
+    return _download(name, revision, ["config.json", "README.md", CONFIG, WEIGHTS, *CARRIED]), False
+
+
+def fetch(name: str, patterns: list[str]) -> Path:
+    """The folder of a model, its files of these patterns downloaded where it is a Hub id."""
+    folder, local = _folder(name, None)
+    return folder if local else _download(name, None, [*patterns, "config.json", CONFIG])
 
 
 def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
@@ -161,7 +172,7 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
             f"{name}: there is no such folder here, and the Hub did not give it ({type(error).__name__}: {why}); "
             f"check the name, the network, HF_HUB_OFFLINE and your token"
         ) from error
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not is_adapter(folder):
         raise OrthoactError(f"{name}: the repository has no config.json; expected a transformers or timm checkpoint")
     return folder
 
