@@ -185,13 +185,14 @@ def inspect(
     model, task, dtype, revision, trust_remote_code, device, include, exclude, include_heads, strict, as_json, quiet
 ):
     """Name every activation of MODEL: the sites that would be converted, and what would be left and why."""
+    from .convert.shards import LIGHT
     from .convert.sources import load_source
     from .convert.surgeon import inspect_model
 
     _silence_libraries()
     with _status(f"loading {model}", not quiet):
         options = {"task": task, "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
-        source = load_source(model, device=device, **options)
+        source = load_source(model, device=device, most=LIGHT, **options)
     sites, left = inspect_model(source.model, include=include, exclude=exclude, include_heads=include_heads)
     if as_json:
         rows = [{"name": s.name, "target": s.target.name, "module": s.module, "channel": s.channel} for s in sites]
@@ -307,6 +308,7 @@ def convert(
     from .convert.calibrate import calibrate_on
     from .convert.checkpoint import check_output, save
     from .convert.fidelity import evaluate
+    from .convert.shards import LIGHT, memory
     from .convert.sources import load_source
     from .convert.surgeon import convert_, inspect_model, plan, revert_
     from .interp.errors import OrthoactError
@@ -328,7 +330,9 @@ def convert(
     clock = perf_counter()
     with _status(f"loading {model}", not quiet):
         loads = {"task": task, "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
-        source = load_source(model, device=device, **loads)
+        whole = calibrate is not None or parameters is not None or standalone or dtype is not None or device != "cpu"
+        most = None if whole else LIGHT if dry_run or adapter else memory() // 2
+        source = load_source(model, device=device, most=most, **loads)
     loaded = perf_counter() - clock
     if source.converted and overwrite:
         revert_(source.model)
@@ -359,6 +363,8 @@ def convert(
         report["seconds"]["fit"] += perf_counter() - clock
         with _status("measuring", not quiet):
             try:
+                if source.planned:
+                    raise OrthoactError("the weights were not loaded")
                 report["fidelity"] = evaluate(source, seed=seed)
             except OrthoactError as error:  # no input could be made up: the conversion itself is sound
                 if "NaN" in str(error):

@@ -317,12 +317,19 @@ def livened(model: Any) -> None:
     import torch
 
     torch.manual_seed(0)
+    padding = {
+        id(m.weight): m.padding_idx
+        for m in model.modules()
+        if getattr(m, "padding_idx", None) is not None and hasattr(m, "weight")
+    }
     with torch.no_grad():
         for name, p in model.named_parameters():
             if not p.is_floating_point():
                 continue
             if p.dim() > 1:
                 p.normal_(std=p[0].numel() ** -0.5)
+                if id(p) in padding:
+                    p[padding[id(p)]] = 0
             elif name.endswith("bias"):
                 p.normal_(std=0.1)
             elif p.numel() > 1:

@@ -171,7 +171,7 @@ class _Watcher:
             Left(path, "?", 0, f"{NOT_AUDITED}: no made-up input reaches this {type(module).__name__}")
             for path, module in self.modules.items()
             if path
-            and id(module) not in self.finished
+            and id(module) not in self.finished | self.watched.keys()
             and base_of(module) not in self.kinds
             and (mentions(base_of(module)) or self._holds_unreached(path))
         ]
@@ -181,7 +181,7 @@ class _Watcher:
         result.left.extend(blind)
 
     def _holds_unreached(self, path: str) -> bool:
-        return any(s.name.rpartition(".")[0] == path for s in self._unreached())
+        return any(self._owner(s.name) is self.modules[path] for s in self._unreached())
 
     # -- one pass --------------------------------------------------------------------------------------------------
 
@@ -370,83 +370,133 @@ def _timm_batch(model: nn.Module, rows: int, generator: torch.Generator) -> dict
 
 def _first(config: Any, *names: str) -> Any:
     """The first of `names` that the config, or one of its parts, has."""
-    parts = [config, *(getattr(config, part, None) for part in PARTS)]
-    for name in names:
-        for part in parts:
+    parts, seen = [config], set()
+    while parts:
+        part = parts.pop(0)
+        for name in names:
             value = getattr(part, name, None)
             if value is not None:
                 return value
+        seen.add(id(part))
+        inner = [getattr(part, name) for name in ORDER if hasattr(part, name)] + list(vars(part).values())
+        parts += [v for v in inner if hasattr(v, "to_dict") and hasattr(v, "model_type") and id(v) not in seen]
     return None
 
 
-PARTS = ("text_config", "vision_config", "audio_config", "encoder", "backbone_config", "audio_encoder", "text_encoder")
-"""Parts of a config in which the shape of an input may stand."""
+ORDER = ("text_config", "vision_config", "audio_config")
+"""Parts of a config that are asked before the others."""
 
 
 def _transformers_batches(model: Any, config: Any, rows: int, length: int, generator) -> Iterator[dict[str, Tensor]]:
     parameters = inspect.signature(model.forward).parameters
     plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    needed = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty and p.kind in plain]
-    wanted = {model.main_input_name, *needed} & set(parameters) or {model.main_input_name}
-
-    def make(names: Iterable[str]) -> dict[str, Tensor]:
-        batch: dict[str, Tensor] = {}
-        for name in sorted(names):
-            maker = _INPUTS.get(name)
-            made = maker(config, rows, length, generator) if maker else None
-            if made is None:
-                raise OrthoactError(
-                    f"the config of {type(model).__name__} does not tell the shape of its input {name!r}"
-                )
-            batch[name] = made
-        if "input_ids" in batch and "attention_mask" in parameters:
-            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-        if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
-            tokens = _tokens(config, rows, length, generator)
-            if tokens is not None:
-                batch["decoder_input_ids"] = tokens
-        return batch
-
-    both = wanted | ({"input_ids", "pixel_values"} & set(parameters))
-    yield make(both)
-    if both != wanted:
-        yield make(wanted)
-    for name in ("input_ids", "pixel_values", "input_features", "input_values"):
-        if name in parameters and {name} != wanted:
-            yield make({name, *needed})
+    needed = {n for n, p in parameters.items() if p.default is inspect.Parameter.empty and p.kind in plain}
+    main = {model.main_input_name} & set(parameters) or (set() if needed else {next(iter(parameters))})
+    every = needed | main | ({"input_ids", "pixel_values", "bbox"} & set(parameters))
+    choices = [every, needed | main]
+    choices += [needed | {n} for n in _INPUTS if n in parameters and n not in ("bbox", "attention_mask")]
+    why, given = None, []
+    for names in choices:
+        for variant in range(3):
+            batch = {}
+            for name in sorted(names):
+                made = _INPUTS[name](config, rows, length, generator) if name in _INPUTS else []
+                if not made:
+                    why = why or f"the config of {type(model).__name__} does not tell the shape of its input {name!r}"
+                    break
+                batch[name] = made[min(variant, len(made) - 1)]
+            shapes = {name: tensor.shape for name, tensor in batch.items()}
+            if len(batch) < len(names) or shapes in given:
+                continue
+            given.append(shapes)
+            if "input_ids" in batch and "attention_mask" in parameters:
+                batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+            if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
+                batch["decoder_input_ids"] = _tokens(config, rows, length, generator)[0]
+            yield batch
+    if not given:
+        raise OrthoactError(why or f"{type(model).__name__} takes no input that is known")
 
 
-def _tokens(config, rows, length, generator) -> Tensor | None:
+def _tokens(config, rows, length, generator) -> list[Tensor]:
     size = _first(config, "vocab_size")
-    if not isinstance(size, int):
-        return None
+    size = size if isinstance(size, int) else 256
     limit = _first(config, "max_position_embeddings", "n_positions")
     limit = limit if isinstance(limit, int) and limit > 0 else length  # xlnet says -1
     # no special tokens at the low end: a padding id in the middle would shift positions
-    return torch.randint(min(5, size - 1), size, (rows, min(length, limit)), generator=generator)
+    return [torch.randint(min(5, size - 1), max(size, 2), (rows, min(length, limit)), generator=generator)]
 
 
-def _pixels(config, rows, length, generator) -> Tensor | None:
+def _pixels(config, rows, length, generator) -> list[Tensor]:
     size = _first(config, "image_size")
-    channels = _first(config, "num_channels", "in_channels") or 3
+    channels = _first(config, "num_channels", "in_channels", "in_chans") or 3
     size = (size, size) if isinstance(size, int) else size
-    if size is None:
+    if not isinstance(size, list | tuple):
         size = (224, 224)  # convolutional trunks take any size
-    return torch.randn(rows, channels, *size, generator=generator)
+    frames = _first(config, "num_frames", "frames_per_clip")
+    patch, group = _first(config, "patch_size"), _first(config, "temporal_patch_size") or 1
+    found = [torch.randn(rows, channels, *size, generator=generator)]
+    if isinstance(frames, int):
+        found.insert(0, torch.randn(rows, frames, channels, *size, generator=generator))
+    else:
+        found.append(torch.randn(rows, 1, channels, *size, generator=generator))
+    if isinstance(patch, int) and isinstance(group, int) and isinstance(channels, int):
+        found.append(torch.randn(16, channels * group * patch**2, generator=generator))  # of a grid of 4 x 4 patches
+    return found
 
 
-def _features(config, rows, length, generator) -> Tensor | None:
-    width = _first(config, "feature_projection_input_dim")
-    if width:
-        return torch.randn(rows, 64, width, generator=generator)
-    bins, positions = _first(config, "num_mel_bins"), _first(config, "max_source_positions")
-    return torch.randn(rows, bins, 2 * positions, generator=generator) if bins and positions else None
+def _features(config, rows, length, generator) -> list[Tensor]:
+    width = _first(config, "feature_projection_input_dim", "input_feat_per_channel", "input_dim", "feature_size")
+    bins, positions = _first(config, "num_mel_bins", "n_mels", "mel_bins"), _first(config, "max_source_positions")
+    time = 2 * positions if isinstance(positions, int) else _first(config, "max_length") or 128
+    found = []
+    if isinstance(bins, int):
+        found += [torch.randn(rows, bins, time, generator=generator), torch.randn(rows, 128, bins, generator=generator)]
+    if isinstance(width, int):
+        found.append(torch.randn(rows, 64, width, generator=generator))
+    return found
 
 
-_INPUTS: dict[str, Callable[..., Tensor | None]] = {
+def _waves(config, rows, length, generator) -> list[Tensor]:
+    bins, time = _first(config, "num_mel_bins"), _first(config, "max_length")
+    found = [torch.randn(rows, 4000, generator=generator), torch.randn(rows, 1, 4000, generator=generator)]
+    if isinstance(bins, int) and isinstance(time, int):
+        found.insert(0, torch.randn(rows, time, bins, generator=generator))
+    return found
+
+
+def _states(config, rows, length, generator) -> list[Tensor]:
+    width = _first(config, "hidden_size", "d_model", "n_embd", "embed_dim", "dim")
+    return [torch.randn(rows, length, width, generator=generator)] if isinstance(width, int) else []
+
+
+def _series(config, rows, length, generator) -> list[Tensor]:
+    time = _first(config, "context_length") or 64
+    channels = _first(config, "num_input_channels") or 1
+    lags = max(_first(config, "lags_sequence") or [0])
+    return [torch.randn(rows, time + lags, channels, generator=generator), torch.randn(rows, time, generator=generator)]
+
+
+_INPUTS: dict[str, Callable[..., list[Tensor]]] = {
     "input_ids": _tokens,
+    "decoder_input_ids": _tokens,
     "pixel_values": _pixels,
+    "pixel_values_videos": _pixels,
+    "image": _pixels,
     "input_features": _features,
-    "input_values": lambda config, rows, length, generator: torch.randn(rows, 4000, generator=generator),
+    "input_values": _waves,
+    "input_embeds": _states,
+    "inputs_embeds": _states,
+    "hidden_states": _states,
+    "encoder_hidden_states": _states,
+    "query_embeds": _states,
+    "past_values": _series,
+    "bbox": lambda config, rows, length, generator: [
+        torch.tensor([1, 2, 3, 4]).expand(rows, _tokens(config, rows, length, generator)[0].shape[1], 4)
+    ],
+    "attention_mask": lambda config, rows, length, generator: [torch.ones(rows, length, dtype=torch.long)],
+    "grid_thw": lambda config, rows, length, generator: [torch.tensor([[1, 4, 4]])],
+    "image_grid_thw": lambda config, rows, length, generator: [torch.tensor([[1, 4, 4]])],
+    "spatial_shapes": lambda config, rows, length, generator: [torch.tensor([[4, 4]])],
 }
-"""How each kind of input is made."""
+"""How each kind of input is made: the shapes that it may have, the likeliest first."""

@@ -43,6 +43,14 @@ MODULES: dict[Any, type[nn.Module]] = {
 """The module of each function of torch; any other function is wrapped by `Call`."""
 
 
+FUSED = {"causal_conv1d_fn", "causal_conv1d_update"}
+"""Functions that end with the activation that `activation` names, if any; prefill and decoding call one each."""
+
+
+ONE = "fused"
+"""Name of the child for all of them in a class: they are the same place of the network."""
+
+
 class Call(nn.Module):
     """A function of one tensor as a module."""
 
@@ -114,10 +122,10 @@ def expose_(model: nn.Module) -> list[nn.Module]:
 
 
 def hide_(owners: Iterable[nn.Module]) -> None:
-    """Take away the children that stand for calls, but for those that a learnable activation has replaced."""
+    """Take away the children that `expose_` made, but not those that have been put in their places since."""
     for owner in list(owners):
         held = children_of(owner)
-        kept = {name: child for name, child in held.items() if isinstance(child, Activation | Shared)}
+        kept = {name: child for name, child in held.items() if not getattr(child, "_orthoact_call", False)}
         if len(kept) < len(held):
             _settle(owner, base_of(owner), kept)
 
@@ -177,7 +185,7 @@ class Slot:
     position: tuple[int, ...]
     """Lines and columns in the file."""
     function: ast.expr | None
-    """What is called; None for x sigmoid(scale x) written out."""
+    """What is called; None for x sigmoid(scale x) written out, or for the name of an activation in `arguments`."""
     arguments: tuple[tuple[str | int, ast.expr], ...]
     """Its arguments beside the input, by name or place."""
 
@@ -190,7 +198,7 @@ def slots_of(cls: type[nn.Module]) -> tuple[Slot, ...]:
     for owner, method, node in _methods(cls):
         for call in sorted(_candidates(node), key=lambda c: (c[0].lineno, c[0].col_offset)):
             expression, name, function, arguments = call
-            n = names[name] = names.get(name, -1) + 1
+            n = names[name] = 0 if name == ONE else names.get(name, -1) + 1
             child = name if name.startswith("self.") else f"{PREFIX}{name}{f'_{n}' if n else ''}"
             me = node.args.args[0].arg
             found.append(
@@ -262,9 +270,12 @@ def _candidates(method: ast.FunctionDef) -> Iterator[tuple[Any, str, ast.expr | 
             yield node, name.rstrip("_") if not name.startswith("self.") else name, function, arguments
 
 
-def _called(node: ast.Call, me: str) -> tuple[str, ast.expr, ast.expr, tuple] | None:
+def _called(node: ast.Call, me: str) -> tuple[str, ast.expr | None, ast.expr, tuple] | None:
     """Name, function, input and further arguments of a call that may be one of an activation."""
     function = node.func
+    if ast.unparse(function).rpartition(".")[2] in FUSED:
+        named = [k for k in node.keywords if k.arg == "activation"]
+        return (ONE, None, node, (("activation", named[0].value),)) if named else None
     if any(isinstance(a, ast.Starred) for a in node.args) or any(k.arg is None for k in node.keywords):
         return None
     keywords = [(k.arg, k.value) for k in node.keywords]
@@ -341,7 +352,10 @@ def _calls(owner: nn.Module, base: type[nn.Module]) -> dict[str, nn.Module]:
             child = _resolve(slot, owner)
             if child is not None:
                 found[slot.child] = child
-    return {name: child for name, child in found.items() if _is_activation(child)}
+    found = {name: child for name, child in found.items() if _is_activation(child)}
+    for child in found.values():
+        child.__dict__["_orthoact_call"] = True  # how hide_ knows them
+    return found
 
 
 def _is_activation(module: nn.Module) -> bool:
@@ -368,8 +382,15 @@ def _resolve(slot: Slot, owner: nn.Module) -> nn.Module | None:
     me = slot.me
     try:
         values = {key: _value(expression, owner, me, names) for key, expression in slot.arguments}
-        function = scaled_silu if slot.function is None else _value(slot.function, owner, me, names)
-    except _Opaque:
+        if slot.function is not None:
+            function = _value(slot.function, owner, me, names)
+        elif "activation" in values:
+            from transformers.activations import ACT2FN
+
+            function = ACT2FN[values.pop("activation")]
+        else:
+            function = scaled_silu
+    except (_Opaque, KeyError):
         return None
     if not callable(function) or (isinstance(function, nn.Module) and any(m is function for m in owner.modules())):
         return None
@@ -497,6 +518,14 @@ class _Replace(ast.NodeTransformer):
         if child is not None and isinstance(node, ast.Call):
             called = _called(node, self.me)
             taken = called[2] if called else None
+            if taken is node:  # the function goes on without its activation
+                del self.children[at]
+                bare = copy.deepcopy(node)
+                for keyword in bare.keywords:
+                    if keyword.arg == "activation":
+                        keyword.value = ast.copy_location(ast.Constant(None), keyword.value)
+                taken = self.generic_visit(bare)
+                self.children[at] = child
         elif child is not None and isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.Mult):
             if _written_out(node) is not None:
                 taken = next(x for x, gate in _factors(node) if _sigmoid(gate) is not None)
@@ -508,7 +537,8 @@ class _Replace(ast.NodeTransformer):
             return node
         del self.children[at]
         function = ast.Attribute(ast.Name(self.me, ast.Load()), str(child), ast.Load())
-        call = ast.Call(function, [self.visit(copy.deepcopy(taken))], [])
+        fused = isinstance(taken, ast.Call) and _position(taken) == at
+        call = ast.Call(function, [taken if fused else self.visit(copy.deepcopy(taken))], [])
         if not isinstance(node, ast.AugAssign):
             return ast.copy_location(call, node)
         call.args[0].ctx = ast.Load()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -30,7 +31,9 @@ WITH_PARAMETERS = {
 """Classes whose target depends on their settings; every other class is recognised by its values alone."""
 
 TRAINED = (nn.PReLU,)
-"""Activations that hold parameters of their own (and transformers' xIELU, found by name)."""
+"""Activations that hold parameters of their own (and those of transformers, found by name)."""
+
+TRAINED_NAMES = re.compile("XIELUActivation|Snake(1d|Beta)$")
 
 GATES = {"tanh", "sigmoid", "hardsigmoid", "hardtanh", "softplus", "sqrtsoftplus", "log_sigmoid", "laplace"}
 """Targets that are nearly always gates, poolers, routers or step sizes rather than hidden activations."""
@@ -140,7 +143,7 @@ def recognise(name: str, module: nn.Module) -> Site | None:
     kind = type(module).__name__
     if isinstance(module, Activation):
         return Site(name, Target(module.target, module), kind, left="converted already")
-    if isinstance(module, TRAINED) or kind == "XIELUActivation":
+    if isinstance(module, TRAINED) or TRAINED_NAMES.search(kind):
         return Site(name, Target(kind, module), kind, left=f"{kind} has parameters of its own")
     if module._modules or module._parameters or module._buffers:
         return None
