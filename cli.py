@@ -491,6 +491,77 @@ def revert(out, output, overwrite, task, dtype, revision, trust_remote_code, dev
 
 
 @main.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.  [default: ./RECIPE]")
+@click.option("--num-processes", type=int, help="Train on so many processes of this machine.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in OUTPUT, to the same end.")
+@click.option("--compare", is_flag=True, help="Run the recipe's table: every row at every rate and seed.")
+@click.option("--offline", is_flag=True, help="Take the recipe's substitutes, which need no network.")
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT.")
+@_options(as_json, quiet)
+def finetune(recipe, overrides, output, num_processes, resume, compare, offline, overwrite, as_json, quiet):
+    """Train as RECIPE says (a name of `orthoact recipes`, or a .yaml file), with some keys replaced.
+
+    OUTPUT is an ordinary converted checkpoint, with metrics.jsonl (one line a logged step) and state/ (checkpoints).
+    """
+    import sys
+
+    from .finetune.compare import compare as run_table
+    from .finetune.launch import close, relaunch
+    from .finetune.recipe import read
+    from .finetune.run import train
+
+    if resume and overwrite:
+        raise click.UsageError("give one of --resume, --overwrite")
+    made = read(recipe, overrides, offline=offline)
+    if num_processes is not None and relaunch(num_processes, sys.argv[1:]):
+        return
+    _silence_libraries()
+    options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "processes": num_processes}
+    facts = (run_table if compare else train)(made, output, quiet=quiet or as_json, **options)
+    close()
+    if not facts:  # not the first process
+        return
+    if as_json:
+        _print_json(facts)
+    elif not quiet and compare:
+        console = _console()
+        console.print(facts["table"], markup=False)
+        console.print(f"wrote {facts['output']}")
+    elif not quiet:
+        columns = [("before training", "zero_step"), ("validation", "validation"), ("best", "best"), ("test", "test")]
+        names = list(facts["test"])
+        rows = [[label, *((facts[key] or {}).get(name, "") for name in names)] for label, key in columns]
+        _table(f"after {facts['step']} steps", ["", *names], rows)
+        _console().print(f"wrote {facts['output']}")
+
+
+@main.command()
+@click.argument("name", required=False)
+@as_json
+def recipes(name, as_json):
+    """List the recipes that ship with the package, or print the one called NAME to edit."""
+    from .finetune.recipe import listing, read, source_of
+
+    if name is not None:
+        if as_json:
+            _print_json(read(name).to_dict())
+        else:
+            click.echo(source_of(name), nl=False)
+        return
+    found = listing()
+    if as_json:
+        rows = [
+            {"name": r.name, "about": r.about, "model": r.model, "task": r.task, "data": r.data.path} for r in found
+        ]
+        _print_json({"recipes": rows})
+        return
+    rows = [[r.name, r.model, r.data.path, r.train.what, r.about] for r in found]
+    _table("recipes", ["name", "model", "data", "trains", "about"], rows, left=True)
+
+
+@main.command()
 @as_json
 def families(as_json):
     """The families of learnable activations: formula, learnable numbers, smoothness, cost, reference.

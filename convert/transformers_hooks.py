@@ -17,7 +17,7 @@ from ..interp.activation import Activation
 from ..interp.errors import OrthoactError
 from .record import SENTINEL, absent, install, located, missing, seal, unseal
 
-TESTED = ("5.20", "5.23")
+TESTED = ("5.20", "5.24")
 """First and last minor version of transformers that the tests ran on."""
 
 

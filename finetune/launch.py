@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..interp.errors import OrthoactError
 from .recipe import Recipe
 from .state import STATE
@@ -38,9 +40,12 @@ def make_accelerator(recipe: Recipe, out: Path | None, processes: int | None) ->
     `accelerate launch --cpu --num_processes 2` silently runs one.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     train = recipe.train
+    AcceleratorState._reset_state()  # of a run before in this process, which may have had another precision
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else Accelerate takes one process, whatever the launcher says
         mixed_precision=None if train.mixed_precision == "no" else train.mixed_precision,
         gradient_accumulation_steps=train.accumulate,
         log_with=train.tracker if out is not None else None,
@@ -55,6 +60,14 @@ def make_accelerator(recipe: Recipe, out: Path | None, processes: int | None) ->
     if train.tracker and out is not None:
         accelerator.init_trackers("orthoact", config=dict(_flat(recipe.to_dict())))
     return accelerator
+
+
+def close() -> None:
+    """Part from the other processes."""
+    import torch.distributed as group
+
+    if group.is_available() and group.is_initialized():
+        group.destroy_process_group()
 
 
 def _flat(values: dict[str, Any], prefix: str = ""):

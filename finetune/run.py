@@ -62,7 +62,7 @@ def train(
     known = _begin(recipe, out, resume=resume, overwrite=overwrite, accelerator=accelerator)
     if known is not None:
         log.warning("%s: the run is finished already, nothing to resume", out)
-        return known
+        return known | {"output": str(output or recipe.name)} if accelerator.is_main_process else {}
     states = States(out / STATE, recipe.train.keep)
     step = states.steps()[-1] if resume and states.steps() else None
     if resume and accelerator.is_main_process:
@@ -85,7 +85,7 @@ def train(
         model = trainable.finish()
         _finish(model, out, source, {**record, "training": facts})
     accelerator.wait_for_everyone()
-    return facts
+    return facts | {"output": str(output or recipe.name)} if accelerator.is_main_process else {}
 
 
 def run(
@@ -134,7 +134,8 @@ def run(
         test = DataLoader(examples.test, chosen.evaluation_batch_size or chosen.batch_size, collate_fn=examples.collate)
         prepared = found.pop("objective")
         figures = measure(prepared, accelerator.prepare(test), recipe.task, accelerator)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     facts = {"recipe": recipe.to_dict(), "what": chosen.what, "trainable": sum(count.values()), "trainable_by": count}
     facts |= {"processes": accelerator.num_processes, "train": _size(examples.train), **found, "test": figures}
     facts |= {"total_seconds": round(perf_counter() - start, 3), "peak_memory": peak.bytes, "finished": True}
@@ -205,7 +206,7 @@ def _begin(recipe: Recipe, out: Path, *, resume: bool, overwrite: bool, accelera
         held = json.loads(report.read_text(encoding="utf-8")).get("training") or {}
         if held.get("recipe") is None:
             raise OrthoactError(f"--resume: {out} is not the folder of a training run; give another with --output")
-        if changed := list(_changes(held["recipe"], recipe.to_dict())):
+        if changed := list(changes(held["recipe"], recipe.to_dict())):
             raise OrthoactError(
                 f"--resume: the run in {out} has another recipe ({'; '.join(changed[:3])}); give the same, or another "
                 f"--output"
@@ -224,12 +225,12 @@ def _begin(recipe: Recipe, out: Path, *, resume: bool, overwrite: bool, accelera
     return None
 
 
-def _changes(old: Any, new: Any, key: str = "") -> Iterator[str]:
+def changes(old: Any, new: Any, key: str = "") -> Iterator[str]:
     """The keys in which two recipes differ, but for what says nothing about the run itself."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in [*old, *(n for n in new if n not in old)]:
             if (key + name) not in ("about", "name", "compare", "offline"):
-                yield from _changes(old.get(name), new.get(name), f"{key}{name}.")
+                yield from changes(old.get(name), new.get(name), f"{key}{name}.")
     elif old != new:
         yield f"{key.rstrip('.')} was {old!r}, is {new!r}"
 
