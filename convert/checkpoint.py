@@ -16,6 +16,7 @@ from torch import nn
 from .._version import __version__
 from ..interp.errors import OrthoactError
 from .record import SENTINEL, spec_of
+from .report import write_report
 from .sources import REPORT, Source, carried_files
 
 
@@ -64,10 +65,12 @@ def save(
     source: Source | None = None,
     report: dict[str, Any] | None = None,
     overwrite: bool = False,
+    page: bool = False,
 ) -> Path:
     """Write `model`, with the tokenizer and the like of its `source`, as a folder that plain loaders read.
 
-    Raises `OrthoactError` where `out` exists (without `overwrite`) or the model is of neither library.
+    With `page` also the report. Raises `OrthoactError` where `out` exists (without `overwrite`) or the model is of
+    neither library.
     """
     out = Path(out)
     with replacing(out, overwrite=overwrite) as folder:
@@ -86,6 +89,8 @@ def save(
         if source is not None:
             record["base"] = {"model": source.base, "revision": source.revision, "library": source.kind}
         (folder / REPORT).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        if page:
+            write_report(folder, name=out.name)
     return out
 
 
