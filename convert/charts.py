@@ -16,6 +16,9 @@ from markupsafe import Markup, escape
 SIZE = 1000
 """Units of a chart in each direction."""
 
+Numbers = Sequence[float] | np.ndarray
+"""A row of numbers."""
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -35,7 +38,7 @@ class Axis:
     """Whether logarithms are laid out."""
 
     @classmethod
-    def over(cls, values: Sequence[float], *, log: bool = False, zero: bool = False, margin: float = 0.06) -> Axis:
+    def over(cls, values: Numbers, *, log: bool = False, zero: bool = False, margin: float = 0.06) -> Axis:
         """The axis that holds all finite `values`; with `zero`, also nought; logarithmic ones end at whole decades."""
         kept = [float(v) for v in values if isfinite(v) and (not log or v > 0)] or [1.0]
         low, high = min(kept), max(kept)
@@ -81,7 +84,7 @@ def short(value: float, digits: int = 3) -> str:
     return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
 
 
-def line(xs: Sequence[float], ys: Sequence[float], x: Axis, y: Axis, kind: str) -> Markup:
+def line(xs: Numbers, ys: Numbers, x: Axis, y: Axis, kind: str) -> Markup:
     """A line through the points; it breaks where a value is not finite."""
     path, pen = [], "M"
     for a, b in zip(xs, ys, strict=True):
@@ -94,7 +97,7 @@ def line(xs: Sequence[float], ys: Sequence[float], x: Axis, y: Axis, kind: str) 
     return Markup(f'<path class="{escape(kind)}" d="{"".join(path)}"/>')
 
 
-def dots(xs: Sequence[float], ys: Sequence[float], x: Axis, y: Axis, kind: str) -> Markup:
+def dots(xs: Numbers, ys: Numbers, x: Axis, y: Axis, kind: str) -> Markup:
     """A round dot at every point."""
     kept = [(a, b) for a, b in zip(xs, ys, strict=True) if isfinite(b) and not (y.log and b <= 0)]
     path = "".join(f"M{x.at(a):.0f} {SIZE - y.at(b):.0f}h0" for a, b in kept)
@@ -109,14 +112,14 @@ def band(low: float, high: float, x: Axis, kind: str) -> Markup:
     )
 
 
-def area(xs: Sequence[float], lows: Sequence[float], highs: Sequence[float], x: Axis, y: Axis, kind: str) -> Markup:
+def area(xs: Numbers, lows: Numbers, highs: Numbers, x: Axis, y: Axis, kind: str) -> Markup:
     """The area between two lines."""
     there = [f"{x.at(a):.0f} {SIZE - y.at(b):.0f}" for a, b in zip(xs, highs, strict=True)]
     back = [f"{x.at(a):.0f} {SIZE - y.at(b):.0f}" for a, b in zip(xs, lows, strict=True)][::-1]
     return Markup(f'<path class="{escape(kind)}" d="M{"L".join(there + back)}Z"/>')
 
 
-def steps(low: float, high: float, shares: Sequence[float], x: Axis, kind: str, height: float = 0.55) -> Markup:
+def steps(low: float, high: float, shares: Numbers, x: Axis, kind: str, height: float = 0.55) -> Markup:
     """A histogram of equal cells from `low` to `high` at the foot of the chart, its highest cell so high."""
     edges = np.linspace(low, high, len(shares) + 1)
     top = max(shares) or 1.0
@@ -129,7 +132,7 @@ def steps(low: float, high: float, shares: Sequence[float], x: Axis, kind: str, 
     return Markup(f'<path class="{escape(kind)}" d="{"".join(parts)}V{SIZE}"/>')
 
 
-def levels(values: Sequence[float], axis: Axis, kind: str, *, upright: bool = False) -> Markup:
+def levels(values: Numbers, axis: Axis, kind: str, *, upright: bool = False) -> Markup:
     """Straight lines across the chart at these values."""
     places = [axis.at(v) for v in values if isfinite(v)]
     path = "".join(f"M{p:.0f} 0V{SIZE}" if upright else f"M0 {SIZE - p:.0f}H{SIZE}" for p in places if 0 <= p <= SIZE)
