@@ -21,7 +21,7 @@ from torch import Tensor
 from .domains import Gaussian, Law
 from .errors import OrthoactError
 from .families import get_family
-from .family import Family, Linear, Piecewise, Separable
+from .family import TAILS, Family, Linear, Piecewise, Separable
 from .joints import search_joints
 from .kinks import search_kinks
 from .problem import Problem, Side
