@@ -17,9 +17,9 @@ from torch import nn
 
 from .._version import __version__
 from ..interp.activation import TENSORS, Activation
-from ..interp.domains import law_from_dict
+from ..interp.domains import Gaussian, law_from_dict
 from ..interp.errors import OrthoactError
-from ..interp.fit import fit
+from ..interp.fit import DERIVATIVE_WEIGHT, fit
 
 SENTINEL = "orthoact"
 FORMAT = 2
@@ -40,8 +40,8 @@ def describe(activations: Mapping[str, Activation]) -> dict[str, Any]:
             "tails": act.tails,
             "groups": act.groups,
             "channel": act.channel,
-            "domain": act.domain.to_dict(),
-            "derivative_weight": act.derivative_weight,
+            "domain": (act.domain or Gaussian()).to_dict(),
+            "derivative_weight": DERIVATIVE_WEIGHT if act.derivative_weight is None else act.derivative_weight,
         }
         for name, act in activations.items()
     }
@@ -254,7 +254,7 @@ def _rebuild(name: str, entry: Mapping[str, Any], old: nn.Module) -> Activation:
                 degree=entry["degree"],
                 tails=entry["tails"],
                 domain=act.domain,
-                derivative_weight=act.derivative_weight,
+                derivative_weight=entry["derivative_weight"],
             )
         )
     return act

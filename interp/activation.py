@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
-
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -222,7 +221,8 @@ class Activation(nn.Module):
 
     def extra_repr(self) -> str:
         groups = "" if self.groups is None else f", groups={self.groups}, channel={self.channel}"
-        return f"{self.target} as {self.family.name}, degree={self.degree}, tails={self.tails}{groups}, path={engine.get_path()}"
+        how = f"degree={self.degree}, tails={self.tails}{groups}, path={engine.get_path()}"
+        return f"{self.target} as {self.family.name}, {how}"
 
     def _apply(self, fn, recurse=True):
         def keep_dtype(tensor: Tensor) -> Tensor:

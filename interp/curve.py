@@ -9,6 +9,7 @@ taken in the same pass: in float32 or better within some thousand values, then o
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -186,19 +187,13 @@ def _kernel(
     key = (name, family, layout.kind, x.dtype, x.device, numbers.shape, numbers.dtype)
 
     def example() -> list[tuple[Tensor, tuple[int, ...]]]:
-        rows = max(24, 2**20 // numbers[0].numel() // 8)
-        shape, axes = {
-            "one": ((512, 3072), ()),
-            "group": ((8, numbers.shape[1], rows), ()),
-            "channel": ((8, rows, *numbers.shape[1::2]), (1, 2))
-            if x.dim() == 4
-            else ((8, rows, numbers.shape[1]), (1, 2)),
-        }[layout.kind]
-        made = [torch.zeros(shape, dtype=x.dtype, device=x.device) for _ in views]
-        if axes:
-            made = [each.transpose(*axes) for each in made]
-        vary = {"one": (0, 1), "group": (0, 2), "channel": (0, 2)}[layout.kind]
-        return [*((each, vary) for each in made), (numbers, ()), (frame, ())]
+        varying = (0, 1) if layout.kind == "one" else (0, 2)
+        sizes = [1 if axis in varying else size for axis, size in enumerate(x.shape)]
+        sizes[0], sizes[varying[1]] = 8, max(24, 2**20 // 8 // max(prod(sizes), 1))
+        made = [torch.zeros(sizes, dtype=x.dtype, device=x.device) for _ in views]
+        if layout.kind == "channel":
+            made = [each.transpose(1, 2).contiguous().transpose(1, 2) for each in made]
+        return [*((each, varying) for each in made), (numbers, ()), (frame, ())]
 
     return engine.kernel(key, run, example)
 

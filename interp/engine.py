@@ -22,7 +22,7 @@ PATHS = ("eager", "compiled")
 """The two ways to compute an activation outside a user's own `torch.compile`."""
 
 SAVED = 2e-9
-"""Seconds that the compiled path saves for each value, forward and backward, on two cores (`benchmarks/activation.md`)."""
+"""Seconds that the compiled path saves for each value, forward and backward, on two cores."""
 
 COST = 20.0
 """Seconds that making the kernels of one family and degree takes, at most."""

@@ -18,7 +18,7 @@ TAILS = ("linear", "none")
 
 
 def fma(a: Array, b: Array, c: Array) -> Array:
-    """a b + c, for tensors in one operation."""
+    """The sum a b + c, for tensors in one operation."""
     return torch.addcmul(c, a, b) if torch.is_tensor(c) and torch.is_tensor(a) and torch.is_tensor(b) else a * b + c
 
 
@@ -63,7 +63,7 @@ class Family(ABC):
         """The derivatives of S and of S' at `z` with respect to each learnable number, each with the shape of `z`."""
 
     def conversion(self, degree: int) -> np.ndarray | None:
-        """The matrix from the learnable numbers to those that the next three methods take; None where they are the same.
+        """The matrix from the learnable numbers to those that the next three methods take; None: they are the same.
 
         A family that has a cheaper form to evaluate than `evaluate` overrides these four. The first of the numbers
         that `value` takes come first; `value_slope` may have others of its own behind them.

@@ -28,8 +28,6 @@ from .problem import Problem, Side
 from .projection import ROUNDING, search
 from .targets import Target, get_target
 
-TAILS = ("linear", "none")
-
 POOR = 0.05
 """The error, as a share of the target's root mean square, from which the reason of a fit says so."""
 
