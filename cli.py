@@ -391,7 +391,7 @@ def convert(
         _print_json(report)
     elif not quiet:
         _report(model, report, made)
-        if not (dry_run or no_report):
+        if not (dry_run or no_report or adapter):
             _console().print(f"see {out / 'report.html'}")
 
 
@@ -723,6 +723,7 @@ def env(as_json):
     import torch
 
     from .convert.transformers_hooks import TESTED
+    from .interp.engine import describe
 
     found = {"orthoact": __version__, "python": platform.python_version(), "platform": platform.platform()}
     names = (
@@ -743,6 +744,7 @@ def env(as_json):
             found[name] = "missing"
     found["transformers tested"] = " to ".join(TESTED)
     found["threads"] = str(torch.get_num_threads())
+    found["activations"] = describe()
     found["accelerator"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     if as_json:
         _print_json(found)
