@@ -56,7 +56,7 @@ def _options(*options):
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")
 quiet = click.option("--quiet", is_flag=True, help="No progress and no table.")
-strict = click.option("--strict", is_flag=True, help="Fail (exit code 1) if an activation proper is left unconverted.")
+strict = click.option("--strict", is_flag=True, help="Fail (exit code 1) if an activation is left or poorly copied.")
 device = click.option("--device", default="cpu", show_default=True, help="Where the model runs.")
 loading = _options(
     click.option("--task", help="Load with this head: causal-lm, masked-lm, image-classification, base, ..."),
@@ -176,6 +176,23 @@ def _refuse_left(left) -> None:
     if found:
         named = "; ".join(f"{i.where or 'model'}: {i.function} ({i.reason})" for i in found[:5])
         raise OrthoactError(f"--strict: {len(found)} activations are left unconverted: {named}")
+
+
+def _warn_of_poor(made, strict: bool) -> None:
+    """Say which sites get a copy in name only; `--strict` refuses them."""
+    from .interp.errors import OrthoactError
+
+    poor = [(site.name, fit) for site, fit in zip(made.sites, made.fits, strict=True) if fit.poor]
+    if not poor:
+        return
+    name, worst = max(poor, key=lambda pair: pair[1].share)
+    text = (
+        f"{len(poor)} of {len(made.sites)} sites get a poor copy: {worst.family} {worst.degree} misses {worst.target} "
+        f"by {100 * worst.share:.0f} % at {name}; take a higher --degree or another --family"
+    )
+    if strict:
+        raise OrthoactError(f"--strict: {text}")
+    click.echo(f"warning: {text}", err=True)
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------
@@ -352,6 +369,7 @@ def convert(
         made = plan(source.model, domains=laws, groups=groups, share=share, **choice, **options)
     if strict:
         _refuse_left(made.left)
+    _warn_of_poor(made, strict)
     report: dict[str, Any] = {
         "output": None if dry_run else str(out),
         "sites": made.rows,

@@ -151,6 +151,34 @@ class Separable(Family):
     def starts(self, degree: int, z: np.ndarray, w: np.ndarray, f: np.ndarray) -> list[list[float]]:
         """Shapes to start the search from, for values `f` with weights `w` at `z` in the core; deterministic."""
 
+    def columns(self, shape: np.ndarray, z: np.ndarray, linear: int) -> tuple[np.ndarray, np.ndarray]:
+        r"""The basis $\phi_k$ and its slopes, (starts, points, k), for shapes (starts, numbers) and z (starts, points).
+
+        What the search calls most: a family may have a faster one.
+        """
+        values, slopes = self.jacobian([0.0] * linear + _columns(shape), z)
+        return _stack(values[:linear], z), _stack(slopes[:linear], z)
+
+    def turns(self, numbers: np.ndarray, shape: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The derivatives of S and S' by the shape, (starts, points, numbers), likewise."""
+        values, slopes = self.jacobian(_columns(numbers) + _columns(shape), z)
+        linear = numbers.shape[1]
+        return _stack(values[linear:], z), _stack(slopes[linear:], z)
+
+    def relaxed(self) -> Separable | None:
+        """A smoother family that holds most of the best members of this one, to be searched before it."""
+        return None
+
+    def sound(self, shape: np.ndarray, z: np.ndarray) -> np.ndarray:
+        """Whether a shape can be used on all of `z`, likewise."""
+        return np.ones(len(z), dtype=bool)
+
+    def settle(
+        self, shape: list[float], location: float, scale: float, lo: float, hi: float
+    ) -> tuple[list[float], float, float]:
+        """Shape, location and scale in this family of a member of the relaxed one on a core from `lo` to `hi`."""
+        raise NotImplementedError
+
 
 class Piecewise(Family):
     """A continuous, piecewise straight function with at most `degree` kinks: the solver finds the kinks."""
@@ -161,3 +189,11 @@ class Piecewise(Family):
     @abstractmethod
     def from_kinks(self, start: tuple[float, float], kinks: np.ndarray, jumps: np.ndarray) -> list[float]:
         """The numbers of the function with the line `start` (slope, intercept) at -inf and these jumps of its slope."""
+
+
+def _columns(numbers: np.ndarray) -> list[np.ndarray]:
+    return [numbers[:, j : j + 1] for j in range(numbers.shape[1])]
+
+
+def _stack(parts: list, z: np.ndarray) -> np.ndarray:
+    return np.stack([np.broadcast_to(part, z.shape) for part in parts], axis=-1)
