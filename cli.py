@@ -635,8 +635,12 @@ def finetune(recipe, overrides, output, num_processes, resume, compare, offline,
         return
     _silence_libraries()
     options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "processes": num_processes}
-    facts = (run_table if compare else train)(made, output, quiet=quiet or as_json, **options)
-    close()
+    try:
+        facts = (run_table if compare else train)(made, output, quiet=quiet or as_json, **options)
+    except KeyboardInterrupt:
+        raise click.ClickException("interrupted: the same command with --resume goes on") from None
+    finally:
+        close()
     if not facts:  # not the first process
         return
     if as_json:

@@ -19,6 +19,7 @@ every other one does, and beside it:
   `trainable_by`, `step`, `zero_step`, `validation`, `test`, `seconds`, `peak_memory`, or `diverged` (why); `rows`, one
   a row, with `row`, `learning_rate` (the chosen one), `seeds`, `diverged` (how many), `rates` (rate -> validation
   figures of each seed), `trainable`, `seconds` (mean), `peak_memory` (largest), and for each of `zero_step`,
-  `validation` and `test` the `mean` and `std` of each figure.
+  `validation` and `test` the `mean` and `std` of each figure; those of the row's `metric` also plainly, as `test_mean`,
+  `test_std`, and so on.
 - `comparison.md`: the table; `comparison.png`: the test metric against the number of trainable parameters.
 """

@@ -16,10 +16,11 @@ from ..convert.checkpoint import check_output
 from ..convert.sources import REPORT
 from ..interp.errors import OrthoactError
 from .evaluate import BEST, rank
+from .folder import changes
 from .launch import make_accelerator
 from .progress import Progress
 from .recipe import Recipe
-from .run import changes, run
+from .run import run
 from .state import STATE, States
 
 FILE = "comparison.json"
@@ -106,8 +107,10 @@ def summary(cells: list[dict[str, Any]], recipe: Recipe) -> Iterator[dict[str, A
             "rates": {f"{lr:g}": _told(c) for lr, c in by_rate.items()},
         }
         if chosen:
+            entry["metric"] = _metric(task)
             for split in ("zero_step", "validation", "test"):
                 entry[split] = {name: _spread([cell[split][name] for cell in chosen]) for name in names}
+                entry[f"{split}_mean"], entry[f"{split}_std"] = entry[split][_metric(task)].values()
             entry["trainable"] = chosen[0]["trainable"]
             entry["seconds"] = mean(cell["seconds"] for cell in chosen)
             entry["peak_memory"] = max(cell["peak_memory"] for cell in chosen)
@@ -139,20 +142,20 @@ def _begin(recipe: Recipe, out: Path, *, resume: bool, overwrite: bool, main: bo
     file = out / FILE
     if resume and file.is_file():
         held = json.loads(file.read_text(encoding="utf-8"))
-        rows = recipe.compare.rows
-        if changed := list(changes(held["recipe"], recipe.to_dict())):
+        rows = recipe.public()["compare"]["rows"]
+        if changed := list(changes(held["recipe"], recipe.public())):
             raise OrthoactError(f"--resume: {out} was made with another recipe ({changed[0]}); give another --output")
         was = held["recipe"]["compare"]["rows"]
         if moved := next((row for row in rows if row in was and was[row] != rows[row]), None):
             raise OrthoactError(f"--resume: the row {moved!r} was {was[moved]} in {out}; give it another name")
-        return held | {"recipe": recipe.to_dict()}
+        return held | {"recipe": recipe.public()}
     if main:
         check_output(out, overwrite=overwrite or resume)
         if out.exists():
             shutil.rmtree(out)
         out.mkdir(parents=True)
         (out / REPORT).write_text(json.dumps({"orthoact": __version__, "comparison": FILE}) + "\n", encoding="utf-8")
-    return {"orthoact": __version__, "recipe": recipe.to_dict(), "rows": [], "cells": []}
+    return {"orthoact": __version__, "recipe": recipe.public(), "rows": [], "cells": []}
 
 
 def _write(out: Path, held: dict[str, Any], recipe: Recipe) -> None:

@@ -39,13 +39,15 @@ def make_accelerator(recipe: Recipe, out: Path | None, processes: int | None) ->
 
     `accelerate launch --cpu --num_processes 2` silently runs one.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 
     train = recipe.train
     AcceleratorState._reset_state()  # of a run before in this process, which may have had another precision
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else Accelerate takes one process, whatever the launcher says
+        # a pretrained model may hold weights that its head does not use, such as a mask token
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=train.what == "all")],
         mixed_precision=None if train.mixed_precision == "no" else train.mixed_precision,
         gradient_accumulation_steps=train.accumulate,
         log_with=train.tracker if out is not None else None,

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from ..interp.errors import OrthoactError
 from .evaluate import better, measure
+from .examples import mixed
 from .sections import Train
 from .state import States
 
@@ -82,7 +83,6 @@ def loop(job: Job, accelerator: Any) -> dict[str, Any]:
     objective, optimizer, loader, measured = accelerator.prepare(job.objective, optimizer, loader, measured)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, rate(train))
     trained = [p for group in job.groups for p in group["params"]]
-    torch.manual_seed(job.seed + accelerator.process_index)  # dropout, of each process its own
     facts: dict[str, Any] = {"losses": [], "best": None, "stale": 0, "validation": None, "seconds": 0.0}
     if job.resume is None:
         facts["zero_step"] = measure(objective, measured, job.task, accelerator)
@@ -92,7 +92,9 @@ def loop(job: Job, accelerator: Any) -> dict[str, Any]:
     step, start, losses = job.resume or 0, perf_counter() - facts["seconds"], []
     every = train.save_every or max(1, math.ceil(train.max_steps / 10))
 
-    for batch in accelerator.skip_first_batches(loader, step * train.accumulate) if step < train.max_steps else ():
+    rest = accelerator.skip_first_batches(loader, step * train.accumulate) if step < train.max_steps else ()
+    for place, batch in enumerate(rest, start=step * train.accumulate):
+        torch.manual_seed(mixed(job.seed, place, accelerator.process_index))  # dropout: a function of the place
         job.begin(step)
         with accelerator.accumulate(objective):
             loss = objective(batch)

@@ -80,6 +80,19 @@ class Recipe:
         """Plain values only, as a YAML file holds them."""
         return plain(asdict(self))
 
+    def public(self) -> dict[str, Any]:
+        """As `to_dict`, for a file that can be pushed: of a path on this machine only the last part."""
+        return _without_paths(self.to_dict())
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(item) for item in value]
+    local = isinstance(value, str) and "/" in value and (value.startswith("/") or Path(value).exists())
+    return Path(value).name if local else value
+
 
 def read(name: str | Path, overrides: list[str] | tuple[str, ...] = (), *, offline: bool = False) -> Recipe:
     """The recipe in a YAML file or the shipped one of this name; `overrides` are `key=value`.

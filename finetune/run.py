@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,14 +13,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from .._version import __version__
-from ..convert.checkpoint import check_output, replacing, save
-from ..convert.sources import REPORT, Source
+from ..convert.sources import Source
 from ..interp.errors import OrthoactError
 from .data import Examples, make_examples, read_rows
 from .distill import Distillation
 from .evaluate import Objective, measure, task_loss
 from .examples import Stream
+from .folder import METRICS, begin, finish, keep_lines
 from .launch import make_accelerator, start_tracker
 from .loop import Job, loop
 from .memory import Peak
@@ -35,9 +32,6 @@ from .state import STATE, States, is_sharded, whole_state
 from .swap import Swap
 
 log = logging.getLogger("orthoact")
-
-METRICS = "metrics.jsonl"
-"""One JSON object a logged step."""
 
 
 def train(
@@ -59,7 +53,7 @@ def train(
     recipe = recipe if isinstance(recipe, Recipe) else read(recipe)
     out = Path(os.path.abspath(Path(output or recipe.name).expanduser()))
     accelerator = make_accelerator(recipe, out, processes)
-    known = _begin(recipe, out, resume=resume, overwrite=overwrite, accelerator=accelerator)
+    known = begin(recipe, out, resume=resume, overwrite=overwrite, accelerator=accelerator)
     if known is not None:
         log.warning("%s: the run is finished already, nothing to resume", out)
         return known | {"output": str(output or recipe.name)} if accelerator.is_main_process else {}
@@ -70,7 +64,7 @@ def train(
         log.warning("%s: %s", out, where)
     if accelerator.is_main_process:
         states.clear()
-        _keep_lines(out / METRICS, step or 0)
+        keep_lines(out / METRICS, step or 0)
     accelerator.wait_for_everyone()
     start_tracker(recipe, accelerator)
     with open(out / METRICS, "a", encoding="utf-8") as lines, Progress(recipe, accelerator, quiet) as bar:
@@ -84,7 +78,7 @@ def train(
         )
     if accelerator.is_main_process:
         model = trainable.finish()
-        _finish(model, out, source, {**record, "training": facts})
+        finish(model, out, source, {**record, "training": facts})
     accelerator.wait_for_everyone()
     return facts | {"output": str(output or recipe.name)} if accelerator.is_main_process else {}
 
@@ -111,7 +105,7 @@ def run(
         tell(f"{chosen.what}: {sum(count.values()):,} trainable numbers {count}, {_sizes(examples)}")
         if chosen.gradient_checkpointing:
             _checkpoint_gradients(trainable.model)
-        loss, begin = make_loss(trainable.model, recipe)
+        loss, told = make_loss(trainable.model, recipe)
         objective = Objective(trainable.model, loss)
         with Monitor(trainable.model, penalise=chosen.boundary_penalty > 0) as monitor:
             total = chosen.max_steps * chosen.accumulate * chosen.batch_size * accelerator.num_processes
@@ -127,7 +121,7 @@ def run(
                 monitor=monitor,
                 log=log,
                 show=show,
-                begin=begin,
+                begin=told,
                 resume=resume,
                 seed=recipe.seed,
             )
@@ -137,7 +131,7 @@ def run(
         figures = measure(prepared, accelerator.prepare(test), recipe.task, accelerator)
     for tracker in accelerator.trackers:
         tracker.finish()
-    facts = {"recipe": recipe.to_dict(), "what": chosen.what, "trainable": sum(count.values()), "trainable_by": count}
+    facts = {"recipe": recipe.public(), "what": chosen.what, "trainable": sum(count.values()), "trainable_by": count}
     facts |= {"processes": accelerator.num_processes, "train": _size(examples.train), **found, "test": figures}
     facts |= {"total_seconds": round(perf_counter() - start, 3), "peak_memory": peak.bytes, "finished": True}
     if is_sharded(prepared):
@@ -207,80 +201,3 @@ def _size(split: Any) -> int:
 def _sizes(examples: Examples) -> str:
     unit = "windows" if examples.unit == "tokens" else examples.unit
     return f"{len(examples.train)} + {len(examples.validation)} + {len(examples.test)} {unit}"
-
-
-# -- the folder --------------------------------------------------------------------------------------------------------
-
-
-def _begin(recipe: Recipe, out: Path, *, resume: bool, overwrite: bool, accelerator: Any) -> dict[str, Any] | None:
-    """Make the folder, or check that it is one to go on in; the facts of a run that is finished already."""
-    report = out / REPORT
-    if resume and report.is_file():
-        held = json.loads(report.read_text(encoding="utf-8")).get("training") or {}
-        if held.get("recipe") is None:
-            raise OrthoactError(f"--resume: {out} is not the folder of a training run; give another with --output")
-        if changed := list(changes(held["recipe"], recipe.to_dict())):
-            raise OrthoactError(
-                f"--resume: the run in {out} has another recipe ({'; '.join(changed[:3])}); give the same, or another "
-                f"--output"
-            )
-        accelerator.wait_for_everyone()
-        return held if held.get("finished") and (out / "config.json").is_file() else None
-    if accelerator.is_main_process:
-        try:
-            check_output(out, overwrite=overwrite)
-        except OrthoactError as error:
-            text = str(error).replace("with -o, or --overwrite", "with --output, --resume, or --overwrite")
-            raise OrthoactError(text.replace("with -o", "with --output")) from error
-        with replacing(out, overwrite=overwrite) as folder:
-            record = {"orthoact": __version__, "training": {"recipe": recipe.to_dict(), "finished": False}}
-            (folder / REPORT).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    accelerator.wait_for_everyone()
-    return None
-
-
-def changes(old: Any, new: Any, key: str = "") -> Iterator[str]:
-    """The keys in which two recipes differ, but for what says nothing about the run itself."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in [*old, *(n for n in new if n not in old)]:
-            if (key + name) not in ("about", "name", "compare", "offline"):
-                yield from changes(old.get(name), new.get(name), f"{key}{name}.")
-    elif old != new:
-        yield f"{key.rstrip('.')} was {old!r}, is {new!r}"
-
-
-def _keep_lines(path: Path, step: int) -> None:
-    """Drop the lines after a checkpoint, and one that a kill cut short."""
-    kept = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue
-    new = path.with_name(f".{path.name}.new")
-    new.write_text("".join(kept), encoding="utf-8")
-    os.replace(new, path)
-
-
-def _finish(model: torch.nn.Module, out: Path, source: Source, record: dict[str, Any]) -> None:
-    """Write the model into the folder of the run, config.json last: without it nothing loads the folder."""
-    with _emptied(out / ".model") as folder:
-        save(model, folder, source=source, report=record)
-        for name in sorted(
-            (p.name for p in folder.iterdir()), key=lambda name: (name == "config.json", name == REPORT)
-        ):
-            target = out / name
-            if target.is_dir():
-                shutil.rmtree(target)
-            os.replace(folder / name, target)
-
-
-@contextmanager
-def _emptied(folder: Path) -> Iterator[Path]:
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

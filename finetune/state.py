@@ -2,10 +2,10 @@
 
     state/step-00000120/trained.safetensors     what trains, and the buffers (running statistics, say)
                        /optimizer.safetensors   the moments of the optimizer
-                       /random.safetensors      the random state of every process
                        /state.json              step, rates, schedule, figures so far
 
-A frozen weight is not in them: it comes from the model again. A folder is complete when it has its name.
+A frozen weight is not in them: it comes from the model again. Nor is a random state: the examples and the dropout of a
+step are functions of its number. A folder is complete when it has its name.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ class States:
         """Write the checkpoint of a step; every process calls it, the first one writes."""
         trained = get_model_state_dict(objective, options=_FULL)
         moments = get_optimizer_state_dict(objective, _plain(optimizer), options=_MOMENTS)
-        random = _random(accelerator)
         if accelerator.is_main_process:
-            self._write(step, trained, moments, random, facts | {"step": step, "schedule": schedule.state_dict()})
+            facts = facts | {"step": step, "schedule": schedule.state_dict(), "processes": accelerator.num_processes}
+            self._write(step, trained, moments, facts)
         accelerator.wait_for_everyone()
 
-    def _write(self, step: int, trained: dict, moments: dict, random: dict[str, Tensor], facts: dict) -> None:
+    def _write(self, step: int, trained: dict[str, Any], moments: dict[str, Any], facts: dict[str, Any]) -> None:
         from safetensors.torch import save_file
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ class States:
         new.mkdir()
         try:
             tensors = {f"{name}.{key}": v for name, held in moments["state"].items() for key, v in held.items()}
-            for name, held in (("trained", trained), ("optimizer", tensors), ("random", random)):
+            for name, held in (("trained", trained), ("optimizer", tensors)):
                 save_file(
                     {k: v.detach().cpu().contiguous().clone() for k, v in held.items()}, new / f"{name}.safetensors"
                 )
@@ -95,10 +95,15 @@ class States:
                 remove(self.path(old))
 
     def load(self, step: int, objective: nn.Module, optimizer: Any, schedule: Any, accelerator: Any) -> dict[str, Any]:
-        """Go on from the checkpoint of a step: weights, optimizer, schedule, random states; returns its facts."""
+        """Go on from the checkpoint of a step: weights, optimizer, schedule; returns its facts."""
         from safetensors.torch import load_file
 
         facts = self.facts(step)
+        if (processes := facts.pop("processes")) != accelerator.num_processes:
+            raise OrthoactError(
+                f"--resume: the run was on {processes} processes, this is on {accelerator.num_processes}; "
+                f"give --num-processes {processes}"
+            )
         self.load_trained(step, objective)
         moments: dict[str, Any] = {"state": {}, "param_groups": facts.pop("groups")}
         for key, value in load_file(self.path(step) / "optimizer.safetensors").items():
@@ -106,15 +111,6 @@ class States:
             moments["state"].setdefault(name, {})[kind] = value
         set_optimizer_state_dict(objective, _plain(optimizer), moments, options=_MOMENTS)
         schedule.load_state_dict(facts.pop("schedule"))
-        random = load_file(self.path(step) / "random.safetensors")
-        if accelerator.num_processes != len(random["cpu"]):
-            raise OrthoactError(
-                f"--resume: the run was on {len(random['cpu'])} processes, this is on {accelerator.num_processes}; "
-                f"give --num-processes {len(random['cpu'])}"
-            )
-        torch.set_rng_state(random["cpu"][accelerator.process_index])
-        if "device" in random and accelerator.device.type == "cuda":
-            torch.cuda.set_rng_state(random["device"][accelerator.process_index])
         return facts
 
     def load_trained(self, step: int, objective: nn.Module) -> None:
@@ -155,12 +151,3 @@ def remove(folder: Path) -> None:
 
 def _plain(optimizer: Any) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)
-
-
-def _random(accelerator: Any) -> dict[str, Tensor]:
-    """The random states of all processes, one a row."""
-    own = torch.get_rng_state().to(accelerator.device)
-    found = {"cpu": accelerator.gather(own[None])}
-    if accelerator.device.type == "cuda":
-        found["device"] = accelerator.gather(torch.cuda.get_rng_state().to(accelerator.device)[None])
-    return {name: state.cpu() for name, state in found.items()}

@@ -1,4 +1,4 @@
-"""Tiny models with tokenizers and processors, as folders that recipes can name."""
+"""Tiny models with tokenizers and processors, as folders that recipes can name; and a recipe for a second."""
 
 from __future__ import annotations
 
@@ -11,6 +11,16 @@ import transformers as tf
 from timm.models import save_for_hf
 
 from orthoact.convert.sources import demo_folder
+from orthoact.finetune.recipe import Recipe, read
+
+SHORT = ["data.length=32", "train.max_steps=8", "train.batch_size=2", "train.log_every=1", "data.validation_limit=4"]
+SHORT += ["data.test_limit=4", "train.evaluate_every=4", "train.save_every=2"]
+"""The smoke recipe in about a second; the demo's dropout is on."""
+
+
+def short(*overrides: str) -> Recipe:
+    """The smoke recipe, short, with some keys replaced."""
+    return read("demo-smoke", [*SHORT, *overrides])
 
 
 def bert_folder(out: Path, classes: int | None = None) -> Path:

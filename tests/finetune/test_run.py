@@ -11,19 +11,12 @@ import pytest
 import tiny_training as tiny
 import torch
 from safetensors.torch import load_file
+from tiny_training import SHORT, short
 
 import orthoact
 from orthoact import OrthoactError
 from orthoact.convert.sources import demo_folder
 from orthoact.finetune.recipe import read
-
-SHORT = ["data.length=32", "train.max_steps=8", "train.batch_size=2", "train.log_every=1", "data.validation_limit=4"]
-SHORT += ["data.test_limit=4", "train.evaluate_every=4", "train.save_every=2"]
-"""The smoke recipe in about a second; the demo's dropout is on."""
-
-
-def short(*overrides):
-    return read("demo-smoke", [*SHORT, *overrides])
 
 
 def lines(out):
@@ -178,6 +171,8 @@ def test_a_converted_model_is_trained_as_it_is(tmp_path):
     source.model = net
     orthoact.save(net, tmp_path / "converted", source=source)
     facts = orthoact.train(short(f"model={tmp_path / 'converted'}", "train.max_steps=2"), tmp_path / "o")
+    assert str(tmp_path) not in (tmp_path / "o" / "orthoact.json").read_text(), "no local path may be pushed"
+    assert facts["recipe"]["model"] == "converted"
     assert facts["trainable_by"] == {"activations": 6 * orthoact.FAMILIES["rational"].size(3)}
     assert (
         json.loads((tmp_path / "o" / "config.json").read_text())["orthoact"]["sites"]["transformer.h.0.mlp.act"][
@@ -192,7 +187,7 @@ def test_a_converted_model_is_trained_as_it_is(tmp_path):
 KILLED = """
 import os, sys, json
 import orthoact, transformers, safetensors.torch, datasets, torchmetrics
-from orthoact.finetune import run, state, loop
+from orthoact.finetune import folder, loop, run, state
 from orthoact.finetune.recipe import read
 recipe = read("demo-smoke", json.loads(sys.argv[1]))
 
@@ -211,8 +206,8 @@ MOMENTS = {
     "in the middle of a checkpoint": lambda: dies("save_file", safetensors.torch, 5),
     "between line and checkpoint": lambda: dies("get_model_state_dict", state, 3),
     "while an old checkpoint is removed": lambda: dies("rmtree", state.shutil, 3),
-    "while the model is written": lambda: dies("save", run, 1),
-    "while the model is moved": lambda: dies("replace", run.os, 4),
+    "while the model is written": lambda: dies("save", folder, 1),
+    "while the model is moved": lambda: dies("replace", folder.os, 4),
 }
 for moment, prepare in MOMENTS.items():  # nothing has computed yet: the process is safe to fork
     pid = os.fork()
@@ -258,11 +253,11 @@ def test_resuming_what_is_not_there_or_finished(done, tmp_path, caplog):
 
 
 def test_a_line_that_a_kill_cut_short_is_dropped(done, tmp_path):
-    from orthoact.finetune.run import _keep_lines
+    from orthoact.finetune.folder import keep_lines
 
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 4, "loss": 1.0}\n{"step": 5, "lo')
-    _keep_lines(path, 3)
+    keep_lines(path, 3)
     assert path.read_text() == '{"step": 1, "loss": 2.0}\n'
 
 
