@@ -615,14 +615,16 @@ def push(out, repo, private, revision, dry_run, message, as_json, quiet):
 @click.option("--compare", is_flag=True, help="Run the recipe's table: every row at every rate and seed.")
 @click.option("--offline", is_flag=True, help="Take the recipe's substitutes, which need no network.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT.")
+@click.option("--no-report", is_flag=True, help="Leave report.html out of OUTPUT.")
 @_options(as_json, quiet)
-def finetune(recipe, overrides, output, num_processes, resume, compare, offline, overwrite, as_json, quiet):
+def finetune(recipe, overrides, output, num_processes, resume, compare, offline, overwrite, no_report, as_json, quiet):
     """Train as RECIPE says (a name of `orthoact recipes`, or a .yaml file), with some keys replaced.
 
     OUTPUT is an ordinary converted checkpoint, with metrics.jsonl (one line a logged step) and state/ (checkpoints).
     """
     import sys
 
+    from .convert.report import write_report
     from .finetune.compare import compare as run_table
     from .finetune.launch import close, relaunch
     from .finetune.recipe import read
@@ -639,6 +641,8 @@ def finetune(recipe, overrides, output, num_processes, resume, compare, offline,
     close()
     if not facts:  # not the first process
         return
+    if not no_report:
+        write_report(facts["output"])
     if as_json:
         _print_json(facts)
     elif not quiet and compare:

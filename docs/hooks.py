@@ -23,10 +23,8 @@ def on_page_content(html, **_):
     """Browsers draw MathML by themselves: no script, no network."""
 
     def formula(match):
-        display = "block" if match[1] == "div" else "inline"
-        return convert(
-            unescape(match[2]).strip().removeprefix("\\(").removesuffix("\\)").removeprefix("\\[").removesuffix("\\]"),
-            display=display,
-        )
+        text = unescape(match[2]).strip().removeprefix("\\(").removesuffix("\\)")
+        text = text.removeprefix("\\[").removesuffix("\\]")
+        return convert(text, display="block" if match[1] == "div" else "inline")
 
     return FORMULA.sub(formula, html)
