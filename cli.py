@@ -76,6 +76,7 @@ choosing = _options(
     click.option("--exclude", multiple=True, metavar="GLOB", help="Not sites of this name."),
     click.option("--include-heads", is_flag=True, help="Also the activations of heads and poolers."),
 )
+share = click.option("--share", is_flag=True, help="Sites with one module keep one activation; default: one for each.")
 
 
 def _console():
@@ -184,13 +185,14 @@ def inspect(
     model, task, dtype, revision, trust_remote_code, device, include, exclude, include_heads, strict, as_json, quiet
 ):
     """Name every activation of MODEL: the sites that would be converted, and what would be left and why."""
+    from .convert.shards import LIGHT
     from .convert.sources import load_source
     from .convert.surgeon import inspect_model
 
     _silence_libraries()
     with _status(f"loading {model}", not quiet):
         options = {"task": task, "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
-        source = load_source(model, device=device, **options)
+        source = load_source(model, device=device, most=LIGHT, **options)
     sites, left = inspect_model(source.model, include=include, exclude=exclude, include_heads=include_heads)
     if as_json:
         rows = [{"name": s.name, "target": s.target.name, "module": s.module, "channel": s.channel} for s in sites]
@@ -251,6 +253,7 @@ def fit(target, family, degree, tolerance, tails, derivative_weight, mean, std, 
 @_options(fitting, choosing)
 @click.option("--parameters", type=int, help="Not --degree: share so many learnable numbers over the sites.")
 @click.option("--groups", type=_Groups(), help="Numbers of its own for each of so many groups of channels.")
+@share
 @loading
 @click.option("--calibrate", type=click.Path(), help="Fit each site to what this data shows of it: as --data.")
 @click.option("--limit", type=int, help="Calibrate on so many tokens, texts or images.  [default: 2,048, 128, 128]")
@@ -275,6 +278,7 @@ def convert(
     include,
     exclude,
     include_heads,
+    share,
     groups,
     task,
     dtype,
@@ -304,6 +308,7 @@ def convert(
     from .convert.calibrate import calibrate_on
     from .convert.checkpoint import check_output, save
     from .convert.fidelity import evaluate
+    from .convert.shards import LIGHT, memory
     from .convert.sources import load_source
     from .convert.surgeon import convert_, inspect_model, plan, revert_
     from .interp.errors import OrthoactError
@@ -325,7 +330,9 @@ def convert(
     clock = perf_counter()
     with _status(f"loading {model}", not quiet):
         loads = {"task": task, "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
-        source = load_source(model, device=device, **loads)
+        whole = calibrate is not None or parameters is not None or standalone or dtype is not None or device != "cpu"
+        most = None if whole else LIGHT if dry_run or adapter else memory() // 2
+        source = load_source(model, device=device, most=most, **loads)
     loaded = perf_counter() - clock
     if source.converted and overwrite:
         revert_(source.model)
@@ -340,7 +347,7 @@ def convert(
             )
         calibrated = perf_counter() - clock
     with _status("fitting", not quiet):
-        made = plan(source.model, domains=laws, groups=groups, **choice, **options)
+        made = plan(source.model, domains=laws, groups=groups, share=share, **choice, **options)
     if strict:
         _refuse_left(made.left)
     report: dict[str, Any] = {
@@ -356,6 +363,8 @@ def convert(
         report["seconds"]["fit"] += perf_counter() - clock
         with _status("measuring", not quiet):
             try:
+                if source.planned:
+                    raise OrthoactError("the weights were not loaded")
                 report["fidelity"] = evaluate(source, seed=seed)
             except OrthoactError as error:  # no input could be made up: the conversion itself is sound
                 if "NaN" in str(error):

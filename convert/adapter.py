@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ..interp.activation import TENSORS, Activation
 from ..interp.errors import OrthoactError
+from .calls import expose_, hide_
 from .names import CONFIG, DEMO, DEMO_NAME, METHOD, WEIGHTS, portable
 from .provenance import record_in, recorded_sha256, weight_files, weights_folder
 from .record import SENTINEL, attach, check, check_tensors, located, put, put_in, rebuilt, spec_of, start
@@ -197,6 +198,7 @@ class OrthoactModel(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """Add the LoRA layers, if any, and the activations; a base that does not match is refused before."""
         config = cast(OrthoactConfig, self.peft_config[adapter_name])
+        calls = expose_(model)
         places = check_base(model, config.orthoact)
         asked = config.target_modules
         if not asked and not config.target_parameters:
@@ -215,6 +217,7 @@ class OrthoactModel(LoraModel):
             layer._active_adapter = self.active_adapters
             if layer is not held:
                 put(model, path, layer)
+        hide_(calls)
         self.targeted_module_names += [p for p in places.values() if p not in self.targeted_module_names]
 
     def _replace_module(self, parent, child_name, new_module, child):

@@ -138,7 +138,12 @@ def save(
 
             write_adapter(model, folder)
             return out
-        write_weights(model, folder)
+        if source is not None and source.planned:
+            from .shards import write_shards
+
+            write_shards(model, source, folder)
+        else:
+            write_weights(model, folder)
         if spec is not None and SENTINEL not in (folder / "config.json").read_text(encoding="utf-8"):
             raise OrthoactError(
                 f"the config class of {type(model).__name__} did not write the record of its activations: the folder "

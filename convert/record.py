@@ -8,6 +8,7 @@ built, and the record then replaces them.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
@@ -23,6 +24,7 @@ from ..interp.domains import law_from_dict
 from ..interp.errors import OrthoactError
 from ..interp.families import get_family
 from ..interp.fit import TAILS, fit
+from .calls import Shared, expose_, hide_, settle_fused_path
 
 SENTINEL = "orthoact"
 FORMAT = 2
@@ -48,6 +50,10 @@ def describe(activations: Mapping[str, Activation]) -> dict[str, Any]:
         }
         for name, act in activations.items()
     }
+    first: dict[int, str] = {}
+    for name, act in activations.items():
+        if first.setdefault(id(act), name) != name:
+            sites[name]["shared"] = first[id(act)]
     return {"format": FORMAT, "version": __version__, "sites": sites}
 
 
@@ -56,6 +62,7 @@ def attach(model: nn.Module, activations: Mapping[str, Activation]) -> dict[str,
     spec = describe(activations)
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_dict"):
+        config = _own_config(model, config)
         spec["activations"] = dict(activation_keys(config.to_dict()))
         if not spec["activations"] or not _fails_without(model, config, spec):
             spec["fusion_sentinel"] = True
@@ -63,6 +70,15 @@ def attach(model: nn.Module, activations: Mapping[str, Activation]) -> dict[str,
     elif hasattr(model, "pretrained_cfg"):
         attach_timm(model, spec)
     return spec
+
+
+def _own_config(model: nn.Module, config: Any) -> Any:
+    """A config of the model's own: another model that was built from the same object must not get the record."""
+    own = copy.copy(config)
+    for module in model.modules():
+        if module.__dict__.get("config") is config:
+            module.__dict__["config"] = own
+    return own
 
 
 def attach_timm(model: Any, spec: dict[str, Any]) -> None:
@@ -295,7 +311,9 @@ def install(model: nn.Module, spec: Mapping[str, Any], *, complete: bool) -> lis
     """
     check(spec)
     installed = []
-    for name, here in located(model, spec).items():
+    calls = expose_(model) if None in located(model, spec).values() else []
+    places = located(model, spec)
+    for name, here in places.items():
         if here is None:
             if complete:
                 raise OrthoactError(
@@ -311,8 +329,12 @@ def install(model: nn.Module, spec: Mapping[str, Any], *, complete: bool) -> lis
                 f"model; convert the model again"
             )
         installed.append(here)
-        if not isinstance(old, Activation):
+        shared = places.get(spec["sites"][name].get("shared", ""))
+        if shared is not None:
+            put(model, here, Shared(model.get_submodule(shared)))  # pyright: ignore[reportArgumentType]
+        elif not isinstance(old, Activation):
             put(model, here, _rebuild(name, spec["sites"][name], old))
+    hide_(calls)
     return installed
 
 
@@ -325,15 +347,18 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
 def put_in(parent: nn.Module, leaf: str, module: nn.Module) -> None:
     """Set the activation that its owner calls `leaf`."""
     parent._modules[leaf] = module
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        # its fused path for inference runs the activation that this number names, whatever the module is
-        parent.activation_relu_or_gelu = {nn.ReLU: 1, nn.GELU: 2}.get(type(module), 0)
+    settle_fused_path(parent)
 
 
 def located(model: nn.Module, spec: Mapping[str, Any]) -> dict[str, str | None]:
     """Each recorded name with the path that it has in this model, None where it has none."""
     prefix = getattr(model, "base_model_prefix", "")
     return {name: _find(model, name, prefix) for name in spec["sites"]}
+
+
+def holds(model: nn.Module) -> set[str]:
+    """The paths of a model's learnable activations."""
+    return {n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Activation | Shared)}
 
 
 def _find(model: nn.Module, name: str, prefix: str) -> str | None:

@@ -70,6 +70,11 @@ class Source:
         return DEMO if DEMO_NAME.fullmatch(name) else name
 
     @property
+    def planned(self) -> bool:
+        """Whether its weights were left where they are: it is on the meta device."""
+        return any(parameter.is_meta for parameter in self.model.parameters())
+
+    @property
     def converted(self) -> bool:
         """Whether it holds learnable activations already."""
         return spec_of(self.model) is not None
@@ -83,8 +88,12 @@ def load_source(
     revision: str | None = None,
     trust_remote_code: bool = False,
     device: str = "cpu",
+    most: int | None = None,
 ) -> Source:
     """Load the model called `name`: a Hub id, a local folder, `timm:NAME` or `demo`.
+
+    With `most`, transformers' weights of more than so many bytes are neither downloaded nor loaded: the model is built
+    on the meta device, which is enough to plan.
 
     Raises `OrthoactError` for a path that is missing, a folder that is no checkpoint, weights that cannot be read.
     """
@@ -111,13 +120,18 @@ def load_source(
             where = f"local-dir:{folder}" if local else f"hf-hub:{name}{'@' + revision if revision else ''}"
             source = _timm(recorded, where, folder, revision)
         elif "model_type" in config or config.get("auto_map"):
-            source = _transformers(name, recorded, folder, local, config, task, dtype, revision, trust_remote_code)
+            planned = most is not None and _bytes(name, folder, local, revision) > most
+            choice = (task, dtype, revision, trust_remote_code, planned)
+            source = _transformers(name, recorded, folder, local, config, *choice)
         else:
             raise OrthoactError(
                 f"{name}: its config.json has neither model_type (transformers) nor architecture (timm)"
             )
     if dtype is not None:
         source.model.to(DTYPES[dtype])
+    if source.planned:
+        source.model.eval()
+        return source
     try:
         source.model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
@@ -131,6 +145,28 @@ def load(folder: str | Path, **options) -> nn.Module:
     `options` are those of `load_source`: task, dtype, revision, trust_remote_code, device.
     """
     return load_source(str(folder), **options).model
+
+
+def weight_bytes(folder: Path | None) -> int:
+    """The size of the weights in a folder."""
+    kinds = ("*.safetensors", "*.bin", "*.gguf")
+    return sum(path.stat().st_size for kind in kinds for path in folder.glob(kind)) if folder else 0
+
+
+def _bytes(name: str, folder: Path, local: bool, revision: str | None) -> int:
+    found = weight_bytes(folder)
+    return found if found or local else hub_bytes(name, revision)
+
+
+def hub_bytes(name: str, revision: str | None) -> int:
+    """The size of the weights in a Hub repository; 0 where the Hub cannot be asked."""
+    from huggingface_hub import HfApi
+
+    try:
+        files = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=20).siblings or []
+    except Exception:  # no network, no such repository: loading will say so
+        return 0
+    return sum(file.size or 0 for file in files if file.rfilename.endswith((".safetensors", ".bin")))
 
 
 def demo_folder() -> Path:
@@ -208,7 +244,9 @@ def _timm(name: str, where: str, folder: Path | None, revision: str | None) -> S
     return Source(model, name, "timm", folder, revision)
 
 
-def _transformers(name, recorded, folder, local, config, task, dtype, revision, trust_remote_code) -> Source:
+def _transformers(
+    name, recorded, folder, local, config, task, dtype, revision, trust_remote_code, planned=False
+) -> Source:
     import transformers
 
     where = str(folder) if local else name
@@ -231,6 +269,14 @@ def _transformers(name, recorded, folder, local, config, task, dtype, revision, 
         )
     if remote:
         options["trust_remote_code"] = True
+    if planned:
+        with _readable(name), torch.device("meta"):
+            known = getattr(cls, "config_class", None) or transformers.AutoConfig
+            read = known.from_pretrained(where, **options)
+            make = cls.from_config if task is not None or remote or architecture is None else cls._from_config
+            trusted = {"trust_remote_code": True} if remote else {}
+            model = make(read, dtype=DTYPES[dtype] if dtype else read.dtype or torch.float32, **trusted)
+        return Source(model, recorded, "transformers", folder, revision)
     with _readable(name):
         model, info = cls.from_pretrained(
             where, dtype=DTYPES[dtype] if dtype else "auto", output_loading_info=True, **options

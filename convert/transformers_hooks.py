@@ -19,7 +19,7 @@ from typing import Any
 from ..interp.activation import Activation
 from ..interp.errors import OrthoactError
 from .names import CONFIG, METHOD, resolve
-from .record import SENTINEL, absent, check_tensors, install, located, missing, seal, unseal
+from .record import SENTINEL, absent, check_tensors, holds, install, located, missing, seal, unseal
 
 TESTED = ("5.20", "5.24")
 """First and last minor version of transformers that the tests ran on."""
@@ -230,7 +230,7 @@ def check_loaded(model: Any) -> None:
     spec = None if absent.get() else getattr(getattr(model, "config", None), SENTINEL, None)
     if not spec:
         return
-    held = sum(isinstance(m, Activation) for m in model.modules())
+    held = len(holds(model))
     name, recorded = type(model).__name__, len(spec["sites"])
     if not held:
         raise OrthoactError(
@@ -245,7 +245,7 @@ def check_saveable(model: Any) -> None:
     """Refuse to write a folder whose record and modules disagree: it would load as something else."""
     if getattr(model, "_hf_peft_config_loaded", False):  # it saves its adapter, which has a record of its own
         return
-    has = {name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, Activation)}
+    has = holds(model)
     spec = getattr(model.config, SENTINEL, None)
     if not has and not spec:
         return
