@@ -623,6 +623,7 @@ def env(as_json):
     import torch
 
     from .convert.transformers_hooks import TESTED
+    from .interp.engine import describe
 
     found = {"orthoact": __version__, "python": platform.python_version(), "platform": platform.platform()}
     names = (
@@ -643,6 +644,7 @@ def env(as_json):
             found[name] = "missing"
     found["transformers tested"] = " to ".join(TESTED)
     found["threads"] = str(torch.get_num_threads())
+    found["activations"] = describe()
     found["accelerator"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     if as_json:
         _print_json(found)

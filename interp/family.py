@@ -7,10 +7,19 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 from .variance import Moments, moments
 
 Array = Any  # a numpy array or a torch tensor: the formulas below are written once for both
+
+TAILS = ("linear", "none")
+"""How a core is continued beyond its joints."""
+
+
+def fma(a: Array, b: Array, c: Array) -> Array:
+    """The sum a b + c, for tensors in one operation."""
+    return torch.addcmul(c, a, b) if torch.is_tensor(c) and torch.is_tensor(a) and torch.is_tensor(b) else a * b + c
 
 
 class Family(ABC):
@@ -52,6 +61,26 @@ class Family(ABC):
     @abstractmethod
     def jacobian(self, parameters: list[Array], z: Array) -> tuple[list[Array], list[Array]]:
         """The derivatives of S and of S' at `z` with respect to each learnable number, each with the shape of `z`."""
+
+    def conversion(self, degree: int) -> np.ndarray | None:
+        """The matrix from the learnable numbers to those that the next three methods take; None: they are the same.
+
+        A family that has a cheaper form to evaluate than `evaluate` overrides these four. The first of the numbers
+        that `value` takes come first; `value_slope` may have others of its own behind them.
+        """
+        return None
+
+    def value(self, numbers: list[Array], z: Array) -> Array:
+        """S at `z`."""
+        return self.evaluate(numbers, z)
+
+    def value_slope(self, numbers: list[Array], z: Array) -> Array:
+        """S' at `z`."""
+        return self.slope(numbers, z)
+
+    def value_parts(self, numbers: list[Array], z: Array) -> list[Array]:
+        """The derivatives of `value` by each number that it takes."""
+        return self.jacobian(numbers, z)[0]
 
     @abstractmethod
     def variance_preserving(self, degree: int) -> list[float]:

@@ -21,14 +21,12 @@ from torch import Tensor
 from .domains import Gaussian, Law
 from .errors import OrthoactError
 from .families import get_family
-from .family import Family, Linear, Piecewise, Separable
+from .family import TAILS, Family, Linear, Piecewise, Separable
 from .joints import search_joints
 from .kinks import search_kinks
 from .problem import Problem, Side
 from .projection import ROUNDING, search
 from .targets import Target, get_target
-
-TAILS = ("linear", "none")
 
 POOR = 0.05
 """The error, as a share of the target's root mean square, from which the reason of a fit says so."""
