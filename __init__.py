@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .convert.sites import Site, find_sites
     from .convert.sources import load
     from .convert.surgeon import Conversion, Plan, convert_, inspect_model, plan, revert_
+    from .finetune.recipe import Recipe
+    from .finetune.run import train
     from .interp.activation import Activation, original
     from .interp.domains import Gaussian, Law, Measured, Uniform
     from .interp.errors import OrthoactError
@@ -38,6 +40,8 @@ _PUBLIC = {
     "inspect_model": "convert.surgeon",
     "plan": "convert.surgeon",
     "revert_": "convert.surgeon",
+    "train": "finetune.run",
+    "Recipe": "finetune.recipe",
     "Activation": "interp.activation",
     "original": "interp.activation",
     "Gaussian": "interp.domains",
