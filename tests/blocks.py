@@ -7,12 +7,15 @@ tests cannot run (an installation) and must say so by their language.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 from click.testing import CliRunner
+from loopback_hub import environment, hub
 
 from orthoact.cli import main
 
@@ -30,27 +33,47 @@ def commands(code: str) -> list[str]:
 
 
 def run(text: str, name: str, folder: Path) -> int:
-    """Run all blocks in `folder`, which is the current one; returns how many commands and blocks ran."""
+    """Run all blocks in `folder`, which is the current one; returns how many commands and blocks ran.
+
+    What pushes to the Hub, or loads what was pushed to `you/...`, talks to a Hub on the loopback interface, in a
+    process of its own.
+    """
     count, space = 0, {"__name__": "__main__"}  # type: dict[Any, Any]
-    for language, title, code in blocks(text):
-        if title:
-            (folder / title).write_text(code)
-        elif language == "python":
-            exec(compile(code, name, "exec"), space)
-            count += 1
-        elif language in ("bash", "sh"):
-            for line in commands(code):
-                command(line, name)
+    with hub(folder / ".hub") as made:
+        online = environment(made, folder / ".home")
+        for language, title, code in blocks(text):
+            if title:
+                (folder / title).write_text(code)
+            elif language == "python" and '"you/' in code:
+                shell([sys.executable, "-W", "ignore", "-c", code], name, online)
                 count += 1
-        else:
-            assert language in SHOWN, f"{name}: a block of {language or 'no language'} that nobody runs: {code[:80]}"
+            elif language == "python":
+                exec(compile(code, name, "exec"), space)
+                count += 1
+            elif language in ("bash", "sh"):
+                for line in commands(code):
+                    command(line, name, online)
+                    count += 1
+            else:
+                assert language in SHOWN, (
+                    f"{name}: a block of {language or 'no language'} that nobody runs: {code[:80]}"
+                )
     return count
 
 
-def command(line: str, name: str) -> None:
-    if line.startswith("orthoact "):
-        result = CliRunner().invoke(main, shlex.split(line, comments=True)[1:])
+def command(line: str, name: str, online: dict[str, str]) -> None:
+    args = shlex.split(line, comments=True)
+    if args[0] == "orthoact" and (
+        "push" in args[1] or "--push-to-hub" in args or any(a.startswith("you/") for a in args)
+    ):
+        shell([sys.executable, "-W", "ignore", "-m", "orthoact", *args[1:]], name, online)
+    elif args[0] == "orthoact" and ">" not in args:
+        result = CliRunner().invoke(main, args[1:])
         assert result.exit_code == 0, f"{name}: {line}: {result.output} {result.exception!r}"
     else:
-        done = subprocess.run(line, shell=True, capture_output=True, text=True)
-        assert done.returncode == 0, f"{name}: {line}: {done.stderr}"
+        shell(["bash", "-c", line], name, {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+
+
+def shell(args: list[str], name: str, env: dict[str, str]) -> None:
+    done = subprocess.run(args, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, f"{name}: {args}: {done.stdout} {done.stderr}"

@@ -64,3 +64,18 @@ def test_the_site_builds(tmp_path):
     assert "--degree" in (tmp_path / "site" / "reference" / "cli" / "index.html").read_text()
     fetched = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?:[^"]+)"', everything)
     assert not [url for url in fetched if "localhost" not in url], "nothing is fetched from elsewhere"
+
+
+def test_the_notebook_runs(tmp_path):
+    """Its stored outputs are those of a run without an error, and it runs again."""
+    pytest.importorskip("nbclient", reason="pip install -e .[dev]")
+    nbformat = pytest.importorskip("nbformat")
+    import notebook
+
+    stored = nbformat.read(notebook.NOTEBOOK, as_version=4)
+    cells = [cell for cell in stored.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run python tests/notebook.py"
+    assert notebook.NOTEBOOK.stat().st_size < 2e5
+    done = notebook.execute(tmp_path)
+    for cell in done.cells:
+        assert not [out for out in cell.get("outputs", ()) if out.output_type == "error"]
