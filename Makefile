@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-long lint format fidelity clean
+.PHONY: demo test test-long lint format docs release-check fidelity clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -33,6 +33,18 @@ test: lint
 # the tests that take minutes are left out of `make test`
 test-long: $(VENV)/.dev
 	$(BIN)/python -m pytest -m long
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m mkdocs build --strict
+
+# the wheel as a user gets it: built, installed with nothing of this folder on the path, and the demo run from it
+release-check: $(VENV)/.dev
+	rm -rf build/release dist
+	$(BIN)/python -m build --outdir dist .
+	$(PYTHON) -m venv build/release
+	build/release/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
+	cd build/release && bin/orthoact convert demo && bin/orthoact evaluate demo-hermite --max-kl 1e-3
+	cd build/release && bin/orthoact report demo-hermite -o report.html && bin/orthoact env
 
 fidelity: $(VENV)/.dev
 	$(BIN)/python tests/real_models.py

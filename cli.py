@@ -198,7 +198,7 @@ def _warn_of_poor(made, strict: bool) -> None:
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 
-@main.command()
+@main.command(short_help="List the activations of MODEL and what would be left.")
 @click.argument("model")
 @_options(loading, choosing, strict, as_json, quiet)
 def inspect(
@@ -226,7 +226,7 @@ def inspect(
         _refuse_left(left)
 
 
-@main.command()
+@main.command(short_help="Fit a copy of one activation and draw it.")
 @click.argument("target")
 @fitting
 @click.option("--mean", type=float, default=0.0, show_default=True, help="Mean of the inputs' Gaussian law.")
@@ -264,7 +264,7 @@ def fit(target, family, degree, tolerance, tails, derivative_weight, mean, std, 
         click.echo(" ".join(f"{c:.9g}" for c in result.coefficients))
 
 
-@main.command()
+@main.command(short_help="Replace the activations of MODEL; write a checkpoint.")
 @click.argument("model")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.  [default: ./MODEL-FAMILY]")
 @_options(fitting, choosing)
@@ -475,7 +475,7 @@ def _fidelity_table(result: dict[str, Any]) -> None:
     )
 
 
-@main.command()
+@main.command(short_help="Compare OUT with its original.")
 @click.argument("out")
 @click.option("--against", metavar="BASE", help="Compare with this model, not with OUT's own original activations.")
 @click.option("--data", type=click.Path(), help="A text file, a folder of images, or a data set on disk.")
@@ -532,7 +532,7 @@ def evaluate(
             raise OrthoactError(f"{flag} {bound}: the {name} is {result[name]:.4g}")
 
 
-@main.command()
+@main.command(short_help="Put the original activations back.")
 @click.argument("out")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT.")
@@ -556,7 +556,7 @@ def revert(out, output, overwrite, task, dtype, revision, trust_remote_code, dev
         _console().print(f"wrote {output}")
 
 
-@main.command()
+@main.command(short_help="Prove that no other weight of OUT was changed.")
 @click.argument("out")
 @click.option("--base", help="The model that OUT was made of.  [default: the one that it names]")
 @_options(loading, as_json, quiet)
@@ -584,7 +584,7 @@ def verify(out, base, task, dtype, revision, trust_remote_code, device, as_json,
         raise OrthoactError(f"{out} is not {result['base']} with other activations: {'; '.join(wrong) or 'no tensor'}")
 
 
-@main.command()
+@main.command(short_help="Push OUT to the Hub.")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("repo")
 @click.option("--private", is_flag=True, help="A repository that only you see, if it is new.")
@@ -606,7 +606,7 @@ def push(out, repo, private, revision, dry_run, message, as_json, quiet):
         _console().print("dry run: nothing was pushed" if dry_run else f"pushed to {result['url']}")
 
 
-@main.command()
+@main.command(short_help="Train as RECIPE says.")
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.  [default: ./RECIPE]")
@@ -615,14 +615,16 @@ def push(out, repo, private, revision, dry_run, message, as_json, quiet):
 @click.option("--compare", is_flag=True, help="Run the recipe's table: every row at every rate and seed.")
 @click.option("--offline", is_flag=True, help="Take the recipe's substitutes, which need no network.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT.")
+@click.option("--no-report", is_flag=True, help="Leave report.html out of OUTPUT.")
 @_options(as_json, quiet)
-def finetune(recipe, overrides, output, num_processes, resume, compare, offline, overwrite, as_json, quiet):
+def finetune(recipe, overrides, output, num_processes, resume, compare, offline, overwrite, no_report, as_json, quiet):
     """Train as RECIPE says (a name of `orthoact recipes`, or a .yaml file), with some keys replaced.
 
     OUTPUT is an ordinary converted checkpoint, with metrics.jsonl (one line a logged step) and state/ (checkpoints).
     """
     import sys
 
+    from .convert.report import write_report
     from .finetune.compare import compare as run_table
     from .finetune.launch import close, relaunch
     from .finetune.recipe import read
@@ -643,6 +645,8 @@ def finetune(recipe, overrides, output, num_processes, resume, compare, offline,
         close()
     if not facts:  # not the first process
         return
+    if not no_report:
+        write_report(facts["output"])
     if as_json:
         _print_json(facts)
     elif not quiet and compare:
@@ -657,7 +661,7 @@ def finetune(recipe, overrides, output, num_processes, resume, compare, offline,
         _console().print(f"wrote {facts['output']}")
 
 
-@main.command()
+@main.command(short_help="List the recipes, or print one.")
 @click.argument("name", required=False)
 @as_json
 def recipes(name, as_json):
@@ -681,7 +685,7 @@ def recipes(name, as_json):
     _table("recipes", ["name", "model", "data", "trains", "about"], rows, left=True)
 
 
-@main.command()
+@main.command(short_help="Write the HTML report on OUT.")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File.  [default: OUT/report.html]"
@@ -701,7 +705,7 @@ def report(out, output, as_json, quiet):
         _console().print(f"see {path}")
 
 
-@main.command()
+@main.command(short_help="List the families of activations.")
 @as_json
 def families(as_json):
     """The families of learnable activations: formula, learnable numbers, smoothness, cost, reference.
@@ -735,7 +739,7 @@ def families(as_json):
     _table(title, ["name", "E[F]", "E[F^2]", "E[F'^2]", "chi"], shown)
 
 
-@main.command()
+@main.command(short_help="Print versions, for a bug report.")
 @as_json
 def env(as_json):
     """Versions and settings, for a bug report."""

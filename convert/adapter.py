@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from ..interp.activation import TENSORS, Activation
 from ..interp.errors import OrthoactError
-from .calls import expose_, hide_
+from .calls import Shared, expose_, hide_
 from .names import CONFIG, DEMO, DEMO_NAME, METHOD, WEIGHTS, portable
 from .provenance import record_in, recorded_sha256, weight_files, weights_folder
-from .record import SENTINEL, attach, check, check_tensors, located, put, put_in, rebuilt, spec_of, start
+from .record import SENTINEL, attach, check, check_tensors, holds, located, put, put_in, rebuilt, spec_of, start
 from .sites import recognise
 from .sources import Source, load_source
 
@@ -210,7 +210,10 @@ class OrthoactModel(LoraModel):
                 config.target_modules = asked
         trained = adapter_name in self.active_adapters and not config.inference_mode
         for name, path in places.items():
-            held = model.get_submodule(path)
+            held, entry = model.get_submodule(path), config.orthoact["sites"][name]
+            if entry.get("shared") in places:  # one activation, called from several places
+                put(model, path, model.get_submodule(places[entry["shared"]]))
+                continue
             layer = held if isinstance(held, ActivationLayer) else ActivationLayer(held).train(held.training)
             act = _fresh(name, config, layer.get_base_layer()).to(_device(model, path))
             layer.orthoact_act[adapter_name] = act.requires_grad_(trained)
@@ -229,7 +232,14 @@ class OrthoactModel(LoraModel):
     def _unload_and_optionally_merge(self, merge=True, *args, **kwargs):
         records = [self.peft_config[name].orthoact for name in kwargs.get("adapter_names") or self.active_adapters]
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
-        found = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, Activation)}
+        for path, layer in list(model.named_modules(remove_duplicate=False)):
+            if isinstance(layer, ActivationLayer):  # at a further place of a shared one
+                held = layer.base_layer
+                put(model, path, Shared(held) if isinstance(held, Activation) else held)
+        hide_(model.modules())
+        found = {path: cast(Activation, _activation(model.get_submodule(path))) for path in sorted(holds(model))}
+        order = [path for path, _ in model.named_modules(remove_duplicate=False)]
+        found = {path: found[path] for path in order if path in found}
         if found:
             kept = {k: v for record in records for k, v in record.items() if k in ("base", "made")}
             attach(model, found).update(kept)
@@ -241,6 +251,8 @@ class OrthoactModel(LoraModel):
         whole = getattr(model, "base_model", model)
         whole = whole.model if isinstance(whole, OrthoactModel) else model
         for name, path in located(whole, config.orthoact).items():
+            if config.orthoact["sites"][name].get("shared"):
+                continue
             layer = None if path is None else whole.get_submodule(path)
             act = layer.orthoact_act[adapter_name] if isinstance(layer, ActivationLayer) else None
             for key in ("theta", "fixed"):
@@ -282,6 +294,10 @@ def _fresh(name: str, config: OrthoactConfig, old: nn.Module) -> PackedActivatio
     return act
 
 
+def _activation(module: nn.Module) -> nn.Module:
+    return module.activation if isinstance(module, Shared) else module
+
+
 def _device(model: nn.Module, path: str) -> torch.device:
     from .surgeon import _device
 
@@ -317,6 +333,9 @@ def check_base(model: nn.Module, record: Mapping[str, Any]) -> dict[str, str]:
             )
         held = model.get_submodule(path)
         held = held.get_base_layer() if isinstance(held, ActivationLayer) else held
+        if record["sites"][name].get("shared"):
+            places[name] = path
+            continue
         site, target = recognise(path, held), record["sites"][name]["target"]
         if site is None or site.target.name != target or isinstance(held, Activation):
             is_ = f"a {site.target.name}" if site else f"a {type(held).__name__}"
@@ -371,7 +390,8 @@ def to_peft(model: nn.Module, **lora) -> peft.PeftModel:
     from .surgeon import revert_
 
     config = adapter_config(model, **lora)
-    acts = {name: model.get_submodule(path) for name, path in located(model, config.orthoact).items() if path}
+    places = located(model, config.orthoact)
+    acts = {name: _activation(model.get_submodule(path)) for name, path in places.items() if path}
     wrapped = peft.get_peft_model(revert_(model), config)  # pyright: ignore[reportArgumentType]
     for name, path in located(model, config.orthoact).items():
         layer = cast(ActivationLayer, model.get_submodule(path or name))
@@ -400,6 +420,8 @@ def write_adapter(model: nn.Module, folder: Path) -> None:
     tensors = {}
     for name, path in located(model, config.orthoact).items():
         act = None if path is None else model.get_submodule(path)
+        if isinstance(act, Shared):
+            continue
         if not isinstance(act, Activation):
             raise OrthoactError(f"the record names {name!r}, which is no learnable activation: convert the model again")
         packed = PackedActivation.of(act)

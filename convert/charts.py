@@ -84,6 +84,12 @@ def short(value: float, digits: int = 3) -> str:
     return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
 
 
+def _told(ticks: Sequence[float]) -> list[tuple[float, str]]:
+    """The ticks with their texts, in as many digits as tell them apart."""
+    texts = next(t for d in range(3, 18) if len({*(t := [short(v, d) for v in ticks])}) == len(ticks) or d == 17)
+    return list(zip(ticks, texts, strict=True))
+
+
 def line(xs: Numbers, ys: Numbers, x: Axis, y: Axis, kind: str) -> Markup:
     """A line through the points; it breaks where a value is not finite."""
     path, pen = [], "M"
@@ -147,17 +153,26 @@ def chart(
     x: Axis | None = None,
     y: Axis | None = None,
     names: Sequence[tuple[float, str]] = (),
+    labels: Sequence[tuple[float, float, str]] = (),
     key: str = "",
 ) -> Markup:
-    """The parts in one box, with the ticks of `x` and `y` (or `names` along x) beside it; `key` finds its numbers."""
-    across = [(v, short(v)) for v in x.ticks()] if x is not None and not names else list(names)
+    """The parts in one box, with the ticks of `x` and `y` (or `names` along x) beside it and `labels` at points of it.
+
+    `key` finds the numbers that the page shows under the pointer.
+    """
+    across = _told(x.ticks()) if x is not None and not names else list(names)
     marks = [
         f'<span class="tx" style="left:{x.at(v) / 10:.2f}%">{escape(t)}</span>' for v, t in across if x is not None
     ]
     if y is not None:
         marks += [
-            f'<span class="ty" style="top:{100 - y.at(v) / 10:.2f}%">{escape(short(v))}</span>' for v in y.ticks()
+            f'<span class="ty" style="top:{100 - y.at(v) / 10:.2f}%">{escape(t)}</span>' for v, t in _told(y.ticks())
         ]
+        for a, b, text in labels if x is not None else ():
+            right, height = x.at(a) > 0.6 * SIZE, 100 - y.at(b) / 10
+            side, gap = ("right", 100 - x.at(a) / 10) if right else ("left", x.at(a) / 10)
+            place = f"{side}:{gap:.2f}%;top:{height:.2f}%"
+            marks.append(f'<span class="at {side}" style="{place}">{escape(text)}</span>')
     grid = levels(y.ticks(), y, "grid") if y is not None else Markup("")
     return Markup(
         f'<div class="chart {escape(kind)}" data-key="{escape(key)}"><svg viewBox="0 0 {SIZE} {SIZE}" '

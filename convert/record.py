@@ -23,7 +23,8 @@ from ..interp.activation import TENSORS, Activation
 from ..interp.domains import Gaussian, law_from_dict
 from ..interp.errors import OrthoactError
 from ..interp.families import get_family
-from ..interp.fit import DERIVATIVE_WEIGHT, TAILS, fit
+from ..interp.family import TAILS
+from ..interp.fit import DERIVATIVE_WEIGHT, fit
 from .calls import Shared, expose_, hide_, settle_fused_path
 
 SENTINEL = "orthoact"
@@ -221,6 +222,8 @@ def _check_site(name: Any, entry: Any) -> int:
         raise refuse("channel", "the axis that counts the channels of its groups")
     if not _is_number(entry["derivative_weight"]) or entry["derivative_weight"] < 0:
         raise refuse("derivative_weight", "a finite number that is not negative")
+    if not isinstance(entry.get("shared", ""), str):
+        raise refuse("shared", "the name of another activation")
     law = entry["domain"]
     known = ("mean", "std", "tail", "low", "high", "count", "below", "above")
     if not isinstance(law, Mapping) or not all(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -65,6 +66,34 @@ def plot_fit(fit: Fit, target: Target, path: str | Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         undated = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}[path.suffix.lower()]
         figure.savefig(path, metadata=undated)
+
+
+def plot_curves(x: np.ndarray, curves: dict[str, np.ndarray], wanted: np.ndarray | None, path: Any) -> None:
+    """Draw the values of many activations by name over `x` and, below, their errors against `wanted`.
+
+    One hue in the order of the sites; a target of None leaves the errors out. The format is that of the file's name,
+    which may be a binary file too (then PNG).
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4.5 if wanted is not None else 3), layout="constrained", dpi=80)
+    rows = figure.subplots(2 if wanted is not None else 1, 1, sharex=True, squeeze=False)[:, 0]
+    if wanted is not None:
+        rows[0].plot(x, wanted, color="0.8", linewidth=5, label="original")
+    colours = colormaps["viridis"](np.linspace(0, 0.9, max(len(curves), 2)))
+    for colour, (name, value) in zip(colours, curves.items(), strict=False):
+        label = {"label": name} if len(curves) <= 8 else {}
+        rows[0].plot(x, value, color=colour, linewidth=1, **label)
+        if wanted is not None:
+            rows[1].plot(x, value - wanted, color=colour, linewidth=1)
+    rows[0].legend(fontsize=7)
+    rows[0].set_ylabel("value")
+    if wanted is not None:
+        rows[1].axhline(0, color="0.8", zorder=0)
+        rows[1].set_ylabel("error")
+    rows[-1].set_xlabel("x")
+    figure.savefig(path, format=None if isinstance(path, str | Path) else "png")
 
 
 def sketch(fit: Fit, target: Target, width: int = 72) -> str:
