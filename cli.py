@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -55,7 +56,7 @@ def _options(*options):
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")
 quiet = click.option("--quiet", is_flag=True, help="No progress and no table.")
-strict = click.option("--strict", is_flag=True, help="Fail (exit code 1) if an activation proper is left unconverted.")
+strict = click.option("--strict", is_flag=True, help="Fail (exit code 1) if an activation is left or poorly copied.")
 device = click.option("--device", default="cpu", show_default=True, help="Where the model runs.")
 loading = _options(
     click.option("--task", help="Load with this head: causal-lm, masked-lm, image-classification, base, ..."),
@@ -131,13 +132,15 @@ def _print_json(value: dict[str, Any]) -> None:
 def _table(title: str, columns: list[str], rows: list[list[Any]], *, left: bool = False) -> None:
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    console = _console()
+    console.print(title, style="bold")
+    table = Table(box=None, pad_edge=False, show_header=any(columns))
     for i, column in enumerate(columns):
         words = left or i == 0 or column == "why"
         table.add_column(column, justify="left" if words else "right", overflow="fold")
     for row in rows:
         table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row))
-    _console().print(table)
+    console.print(table)
 
 
 class _Groups(click.ParamType):
@@ -173,6 +176,23 @@ def _refuse_left(left) -> None:
     if found:
         named = "; ".join(f"{i.where or 'model'}: {i.function} ({i.reason})" for i in found[:5])
         raise OrthoactError(f"--strict: {len(found)} activations are left unconverted: {named}")
+
+
+def _warn_of_poor(made, strict: bool) -> None:
+    """Say which sites get a copy in name only; `--strict` refuses them."""
+    from .interp.errors import OrthoactError
+
+    poor = [(site.name, fit) for site, fit in zip(made.sites, made.fits, strict=True) if fit.poor]
+    if not poor:
+        return
+    name, worst = max(poor, key=lambda pair: pair[1].share)
+    text = (
+        f"{len(poor)} of {len(made.sites)} sites get a poor copy: {worst.family} {worst.degree} misses {worst.target} "
+        f"by {100 * worst.share:.0f} % at {name}; take a higher --degree or another --family"
+    )
+    if strict:
+        raise OrthoactError(f"--strict: {text}")
+    click.echo(f"warning: {text}", err=True)
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------
@@ -211,39 +231,36 @@ def inspect(
 @fitting
 @click.option("--mean", type=float, default=0.0, show_default=True, help="Mean of the inputs' Gaussian law.")
 @click.option("--std", type=float, default=1.0, show_default=True, help="Its standard deviation.")
-@click.option("--plot", type=click.Path(dir_okay=False), help="Draw the fit into this .png, .svg or .pdf.")
+@click.option("--plot", type=click.Path(dir_okay=False), help="Draw it into this .png, .svg or .pdf.")
 @_options(as_json, quiet)
 def fit(target, family, degree, tolerance, tails, derivative_weight, mean, std, plot, as_json, quiet):
     """Fit a copy of one activation, TARGET (gelu, silu, "leaky_relu(0.2)", ...): errors, joints, coefficients."""
     from .interp.choose import fit_to_tolerance
     from .interp.domains import Gaussian
     from .interp.fit import fit as fit_target
+    from .interp.plot import check_format, plot_fit, sketch
     from .interp.targets import get_target
+
+    if plot:
+        check_format(plot)
 
     options = _fit_options(family, degree, tolerance, tails, derivative_weight)
     solve = fit_target if tolerance is None else fit_to_tolerance
     result = solve(get_target(target), domain=Gaussian(mean, std), **options)
     if plot:
-        from .interp.plot import plot_fit
-
         plot_fit(result, get_target(target), plot)
     if as_json:
         _print_json(result.to_dict())
     elif not quiet:
-        shown = (
-            "parameters",
-            "value_rms",
-            "slope_rms",
-            "value_max",
-            "slope_max",
-            "lo",
-            "hi",
-            "condition",
-            "holds",
-            "reason",
-        )
-        fields = result.to_dict()
-        _table(f"{result.target} as {result.family} {result.degree}", ["", ""], [[k, fields[k]] for k in shown])
+        found, anywhere = result.to_dict(), (-math.inf, math.inf)
+        rows = [[name.replace("_", " "), found[name]] for name in ("parameters", "value_rms", "slope_rms", "value_max")]
+        rows += [["joints", "none" if result.tails == "none" else f"{result.lo:.6g} and {result.hi:.6g}"]]
+        rows += [["holds", "everywhere" if result.holds == anywhere else "from {:.6g} to {:.6g}".format(*result.holds)]]
+        rows += [["condition", result.condition], ["why", result.reason]]
+        _table(f"{result.target} as {result.family} {result.degree}", ["", ""], rows, left=True)
+        if not plot and "utf" in (_console().encoding or "").lower():
+            _console().print(sketch(result, get_target(target), min(_console().width, 80)), markup=False)
+        _console().print("coefficients:", style="dim")
         click.echo(" ".join(f"{c:.9g}" for c in result.coefficients))
 
 
@@ -265,6 +282,7 @@ def fit(target, family, degree, tolerance, tails, derivative_weight, mean, std, 
 @click.option("--standalone", is_flag=True, help="Add a code file: without orthoact, by trust_remote_code=True.")
 @click.option("--push-to-hub", metavar="REPO", help="Push OUTPUT to this repository of the Hub.")
 @click.option("--private", is_flag=True, help="Of --push-to-hub: a repository that only you see, if it is new.")
+@click.option("--no-report", is_flag=True, help="Leave report.html out of OUTPUT.")
 @_options(strict, as_json, quiet)
 def convert(
     model,
@@ -295,6 +313,7 @@ def convert(
     standalone,
     push_to_hub,
     private,
+    no_report,
     strict,
     as_json,
     quiet,
@@ -350,6 +369,7 @@ def convert(
         made = plan(source.model, domains=laws, groups=groups, share=share, **choice, **options)
     if strict:
         _refuse_left(made.left)
+    _warn_of_poor(made, strict)
     report: dict[str, Any] = {
         "output": None if dry_run else str(out),
         "sites": made.rows,
@@ -372,11 +392,12 @@ def convert(
                 _console().print(f"not measured: {error}")
         with _status(f"writing {out}", not quiet):
             clock = perf_counter()
-            record = {k: v for k, v in report.items() if k not in ("output", "seconds")}
+            record = {k: v for k, v in report.items() if k != "output"}
+            record["seconds"] = {k: v for k, v in report["seconds"].items() if k != "save"}
             record |= {"fits": {s.name: f.to_dict() for s, f in zip(made.sites, made.fits, strict=True)}}
             if laws:
                 record |= {"calibration": {name: law.histogram() for name, law in laws.items()}}
-            made_by = {"form": form, "seed": seed, "command": _command()}
+            made_by = {"form": form, "seed": seed, "command": _command(), "page": not no_report}
             save(source.model, out, source=source, report=record, overwrite=overwrite, **made_by)
             report["seconds"]["save"] = perf_counter() - clock
         if push_to_hub:
@@ -388,6 +409,8 @@ def convert(
         _print_json(report)
     elif not quiet:
         _report(model, report, made)
+        if not (dry_run or no_report or adapter):
+            _console().print(f"see {out / 'report.html'}")
 
 
 def _command() -> list[str]:
@@ -416,8 +439,12 @@ def _report(model: str, report: dict[str, Any], made) -> None:
     if len(kinds) > len({row["target"] for row in report["sites"]}):  # sites of one target differ
         columns[:2] = ["site", "target"]
         rows = [[row["name"], *key] for key, kind in kinds.items() for row in kind]
-    _table(f"{model}: {len(report['sites'])} sites, {report['parameters']} learnable numbers", columns, rows)
-    console = _console()
+    console, reasons = _console(), {row[-1] for row in rows}
+    if len(reasons) == 1:  # said once
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    _table(f"{model}: {len(report['sites'])} sites, {report['parameters']:,} learnable numbers", columns, rows)
+    if len(reasons) == 1:
+        console.print(reasons.pop(), style="dim")
     for item in made.left:
         console.print(f"left: {item.where or '(model)'} {item.function}: {item.reason}", style="dim")
     if "fidelity" in report:
@@ -580,6 +607,97 @@ def push(out, repo, private, revision, dry_run, message, as_json, quiet):
 
 
 @main.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.  [default: ./RECIPE]")
+@click.option("--num-processes", type=int, help="Train on so many processes of this machine.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in OUTPUT, to the same end.")
+@click.option("--compare", is_flag=True, help="Run the recipe's table: every row at every rate and seed.")
+@click.option("--offline", is_flag=True, help="Take the recipe's substitutes, which need no network.")
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT.")
+@_options(as_json, quiet)
+def finetune(recipe, overrides, output, num_processes, resume, compare, offline, overwrite, as_json, quiet):
+    """Train as RECIPE says (a name of `orthoact recipes`, or a .yaml file), with some keys replaced.
+
+    OUTPUT is an ordinary converted checkpoint, with metrics.jsonl (one line a logged step) and state/ (checkpoints).
+    """
+    import sys
+
+    from .finetune.compare import compare as run_table
+    from .finetune.launch import close, relaunch
+    from .finetune.recipe import read
+    from .finetune.run import train
+
+    if resume and overwrite:
+        raise click.UsageError("give one of --resume, --overwrite")
+    made = read(recipe, overrides, offline=offline)
+    if num_processes is not None and relaunch(num_processes, sys.argv[1:]):
+        return
+    _silence_libraries()
+    options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "processes": num_processes}
+    facts = (run_table if compare else train)(made, output, quiet=quiet or as_json, **options)
+    close()
+    if not facts:  # not the first process
+        return
+    if as_json:
+        _print_json(facts)
+    elif not quiet and compare:
+        console = _console()
+        console.print(facts["table"], markup=False)
+        console.print(f"wrote {facts['output']}")
+    elif not quiet:
+        columns = [("before training", "zero_step"), ("validation", "validation"), ("best", "best"), ("test", "test")]
+        names = list(facts["test"])
+        rows = [[label, *((facts[key] or {}).get(name, "") for name in names)] for label, key in columns]
+        _table(f"after {facts['step']} steps", ["", *names], rows)
+        _console().print(f"wrote {facts['output']}")
+
+
+@main.command()
+@click.argument("name", required=False)
+@as_json
+def recipes(name, as_json):
+    """List the recipes that ship with the package, or print the one called NAME to edit."""
+    from .finetune.recipe import listing, read, source_of
+
+    if name is not None:
+        if as_json:
+            _print_json(read(name).to_dict())
+        else:
+            click.echo(source_of(name), nl=False)
+        return
+    found = listing()
+    if as_json:
+        rows = [
+            {"name": r.name, "about": r.about, "model": r.model, "task": r.task, "data": r.data.path} for r in found
+        ]
+        _print_json({"recipes": rows})
+        return
+    rows = [[r.name, r.model, r.data.path, r.train.what, r.about] for r in found]
+    _table("recipes", ["name", "model", "data", "trains", "about"], rows, left=True)
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File.  [default: OUT/report.html]"
+)
+@_options(as_json, quiet)
+def report(out, output, as_json, quiet):
+    """Write the HTML report on the folder OUT: every activation, where the error sits, what training did.
+
+    One file that needs no network. `convert` and `finetune` write it by themselves.
+    """
+    from .convert.report import write_report
+
+    path = write_report(out, output)
+    if as_json:
+        _print_json({"report": str(path), "bytes": path.stat().st_size})
+    elif not quiet:
+        _console().print(f"see {path}")
+
+
+@main.command()
 @as_json
 def families(as_json):
     """The families of learnable activations: formula, learnable numbers, smoothness, cost, reference.
@@ -623,6 +741,7 @@ def env(as_json):
     import torch
 
     from .convert.transformers_hooks import TESTED
+    from .interp.engine import describe
 
     found = {"orthoact": __version__, "python": platform.python_version(), "platform": platform.platform()}
     names = (
@@ -643,6 +762,7 @@ def env(as_json):
             found[name] = "missing"
     found["transformers tested"] = " to ".join(TESTED)
     found["threads"] = str(torch.get_num_threads())
+    found["activations"] = describe()
     found["accelerator"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     if as_json:
         _print_json(found)

@@ -20,6 +20,7 @@ from ..interp.errors import OrthoactError
 from .names import is_adapter
 from .provenance import provenance
 from .record import SENTINEL, spec_of
+from .report import write_report
 from .sources import REPORT, Source, carried_files
 
 FORMS = ("full", "adapter", "standalone")
@@ -116,13 +117,14 @@ def save(
     form: str = "full",
     seed: int | None = None,
     command: Iterable[str] = (),
+    page: bool = False,
 ) -> Path:
     """Write `model`, with the tokenizer and the like of its `source`, as a folder that plain loaders read.
 
     `form`: `full`, a checkpoint; `adapter`, the activations alone, without a weight (see `adapter`); `standalone`, a
     checkpoint with a code file that evaluates them without this package (see `standalone`). With a `source` the record
-    names where the model comes from, and `seed` and `command`. Raises `OrthoactError` where `out` exists (without
-    `overwrite`) or the model is of neither library.
+    names where the model comes from, and `seed` and `command`; with `page` a checkpoint has its report beside it.
+    Raises `OrthoactError` where `out` exists (without `overwrite`) or the model is of neither library.
     """
     out = Path(out)
     if form not in FORMS:
@@ -163,6 +165,8 @@ def save(
             record["base"] = {"model": source.base, "revision": source.revision, "library": source.kind}
             record["base"] |= described(source)
         (folder / REPORT).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        if page:
+            write_report(folder, name=out.name)
     return out
 
 

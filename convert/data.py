@@ -85,7 +85,7 @@ def _read(source: Source, path: Path, name: str, limit: int | None, size: int, s
     if takes_images(model):
         return Batches(name, "images", _images(source, path, limit, size))
     texts, labels = _texts(path)
-    tokenizer = _tokenizer(source)
+    tokenizer = tokenizer_of(source)
     if predicts_next(model):
         return Batches(name, "tokens", _windows(model, tokenizer, "".join(texts), limit, size))
     return Batches(name, "texts", _sentences(model, tokenizer, texts, labels, limit, size, seed))
@@ -112,7 +112,8 @@ def _texts(path: Path) -> tuple[list[str], list[int] | None]:
     return [f"{text}\n\n" for text in rows[column]], labels
 
 
-def _tokenizer(source: Source) -> Any:
+def tokenizer_of(source: Source) -> Any:
+    """The tokenizer in the folder of a model; `OrthoactError` where there is none."""
     from transformers import AutoTokenizer
 
     names = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
@@ -184,7 +185,7 @@ def _images(source: Source, path: Path, limit: int | None, size: int) -> list[di
     if not columns:
         raise OrthoactError(f"--data {path}: expected images for this model, it has {', '.join(rows.column_names)}")
     rows = rows.select(range(min(limit or len(rows), len(rows))))
-    transform, name = _transform(source), _input_name(source)
+    transform, name = transform_of(source), input_name(source)
     classes = getattr(rows.features.get("label"), "num_classes", None)
     known = getattr(source.model, "num_classes", None) or getattr(
         getattr(source.model, "config", None), "num_labels", None
@@ -199,11 +200,12 @@ def _images(source: Source, path: Path, limit: int | None, size: int) -> list[di
     return out
 
 
-def _input_name(source: Source) -> str:
+def input_name(source: Source) -> str:
+    """What the image is called among the model's arguments."""
     return "pixel_values" if source.kind == "transformers" else "x"
 
 
-def _transform(source: Source) -> Any:
+def transform_of(source: Source) -> Any:
     """From a PIL image to the model's input, as the model's own library prepares it for evaluation."""
     model: Any = source.model
     if source.kind == "timm":
@@ -224,6 +226,15 @@ def _transform(source: Source) -> Any:
 
 def _dataset(path: Path) -> Any:
     """One split of whatever `datasets` reads at a path."""
+    loaded = read_datasets(path)
+    split = next((name for name in ("test", "validation", "train") if name in loaded), next(iter(loaded)))
+    if len(loaded[split]) == 0:
+        raise OrthoactError(f"--data {path}: the data set is empty")
+    return loaded[split]
+
+
+def read_datasets(path: Path) -> dict[str, Any]:
+    """Every split of whatever `datasets` reads at a path, by name."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -244,9 +255,4 @@ def _dataset(path: Path) -> Any:
     except Exception as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise OrthoactError(f"--data {path}: datasets could not read it ({why})") from error
-    if isinstance(loaded, dict):
-        split = next((name for name in ("test", "validation", "train") if name in loaded), next(iter(loaded)))
-        loaded = loaded[split]
-    if len(loaded) == 0:  # pyright: ignore[reportArgumentType]
-        raise OrthoactError(f"--data {path}: the data set is empty")
-    return loaded
+    return {str(name): split for name, split in loaded.items()} if isinstance(loaded, dict) else {"train": loaded}

@@ -20,10 +20,10 @@ from torch import nn
 
 from .._version import __version__
 from ..interp.activation import TENSORS, Activation
-from ..interp.domains import law_from_dict
+from ..interp.domains import Gaussian, law_from_dict
 from ..interp.errors import OrthoactError
 from ..interp.families import get_family
-from ..interp.fit import TAILS, fit
+from ..interp.fit import DERIVATIVE_WEIGHT, TAILS, fit
 from .calls import Shared, expose_, hide_, settle_fused_path
 
 SENTINEL = "orthoact"
@@ -45,8 +45,8 @@ def describe(activations: Mapping[str, Activation]) -> dict[str, Any]:
             "tails": act.tails,
             "groups": act.groups,
             "channel": act.channel,
-            "domain": act.domain.to_dict(),
-            "derivative_weight": act.derivative_weight,
+            "domain": (act.domain or Gaussian()).to_dict(),
+            "derivative_weight": DERIVATIVE_WEIGHT if act.derivative_weight is None else act.derivative_weight,
         }
         for name, act in activations.items()
     }

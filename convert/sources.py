@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,12 +88,15 @@ def load_source(
     revision: str | None = None,
     trust_remote_code: bool = False,
     device: str = "cpu",
+    config: Mapping[str, Any] | None = None,
+    scratch: bool = False,
     most: int | None = None,
 ) -> Source:
     """Load the model called `name`: a Hub id, a local folder, `timm:NAME` or `demo`.
 
-    With `most`, transformers' weights of more than so many bytes are neither downloaded nor loaded: the model is built
-    on the meta device, which is enough to plan.
+    `config` replaces values of its config (timm: arguments of create_model); with `scratch` it has that architecture
+    and new random weights. With `most`, transformers' weights of more than so many bytes are neither downloaded nor
+    loaded: the model is built on the meta device, which is enough to plan.
 
     Raises `OrthoactError` for a path that is missing, a folder that is no checkpoint, weights that cannot be read.
     """
@@ -102,7 +105,7 @@ def load_source(
     if dtype is not None and dtype not in DTYPES:
         raise OrthoactError(f"--dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     if name.startswith("timm:"):
-        source = _timm(name, name.removeprefix("timm:"), None, revision)
+        source = _timm(name, name.removeprefix("timm:"), None, revision, config or {}, scratch)
     else:
         folder, local = _folder(name, revision)
         if is_adapter(folder):
@@ -110,19 +113,20 @@ def load_source(
 
             options = {"task": task, "dtype": dtype, "trust_remote_code": trust_remote_code, "device": device}
             return load_applied(folder.resolve().name if local else name, folder, local, **options)
-        config = _read_json(folder / "config.json", name)
+        found = _read_json(folder / "config.json", name)
         recorded = DEMO if name == DEMO else folder.resolve().name if local else name
         if local and revision:
             raise OrthoactError(
                 f"--revision {revision}: {name} is a local folder; revisions are those of Hub repositories"
             )
-        if "architecture" in config and "model_type" not in config:
+        if "architecture" in found and "model_type" not in found:
             where = f"local-dir:{folder}" if local else f"hf-hub:{name}{'@' + revision if revision else ''}"
-            source = _timm(recorded, where, folder, revision)
-        elif "model_type" in config or config.get("auto_map"):
+            source = _timm(recorded, where, folder, revision, config or {}, scratch)
+        elif "model_type" in found or found.get("auto_map"):
             planned = most is not None and _bytes(name, folder, local, revision) > most
-            choice = (task, dtype, revision, trust_remote_code, planned)
-            source = _transformers(name, recorded, folder, local, config, *choice)
+            loads = {"task": task, "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
+            how = {"change": config or {}, "scratch": scratch, "planned": planned}
+            source = _transformers(name, recorded, folder, local, found, **loads, **how)
         else:
             raise OrthoactError(
                 f"{name}: its config.json has neither model_type (transformers) nor architecture (timm)"
@@ -236,16 +240,16 @@ def _readable(name: str) -> Iterator[None]:
         raise OrthoactError(f"{name}: its weights could not be loaded ({type(error).__name__}: {why})") from error
 
 
-def _timm(name: str, where: str, folder: Path | None, revision: str | None) -> Source:
+def _timm(name: str, where: str, folder: Path | None, revision: str | None, change, scratch: bool) -> Source:
     import timm
 
     with _readable(name):
-        model = timm.create_model(where, pretrained=True)
+        model = timm.create_model(where, pretrained=not scratch, **change)
     return Source(model, name, "timm", folder, revision)
 
 
 def _transformers(
-    name, recorded, folder, local, config, task, dtype, revision, trust_remote_code, planned=False
+    name, recorded, folder, local, config, *, task, dtype, revision, trust_remote_code, change, scratch, planned
 ) -> Source:
     import transformers
 
@@ -269,14 +273,15 @@ def _transformers(
         )
     if remote:
         options["trust_remote_code"] = True
-    if planned:
-        with _readable(name), torch.device("meta"):
+    if scratch or planned:
+        with _readable(name), torch.device("meta" if planned else "cpu"):
             known = getattr(cls, "config_class", None) or transformers.AutoConfig
-            read = known.from_pretrained(where, **options)
-            make = cls.from_config if task is not None or remote or architecture is None else cls._from_config
+            read = known.from_pretrained(where, **options, **change)
+            make = cls.from_config if hasattr(cls, "from_config") else cls._from_config
             trusted = {"trust_remote_code": True} if remote else {}
-            model = make(read, dtype=DTYPES[dtype] if dtype else read.dtype or torch.float32, **trusted)
-        return Source(model, recorded, "transformers", folder, revision)
+            precision = torch.float32 if scratch else DTYPES[dtype] if dtype else read.dtype or torch.float32
+            return Source(make(read, dtype=precision, **trusted), recorded, "transformers", folder, revision)
+    options |= change
     with _readable(name):
         model, info = cls.from_pretrained(
             where, dtype=DTYPES[dtype] if dtype else "auto", output_loading_info=True, **options

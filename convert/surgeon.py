@@ -67,7 +67,8 @@ def _seen(fit: Fit) -> dict[str, float]:
     law = fit.domain
     if not isinstance(law, Measured):
         return {}
-    return {"mean": law.mean, "std": law.std, "outside": law.share_outside(fit.lo, fit.hi)}
+    seen = {"mean": law.mean, "std": law.std, "outside": law.share_outside(fit.lo, fit.hi)}
+    return seen | ({"sensitivity": law.sensitivity} if law.rows else {})
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,11 @@ def patch_auto(module: ModuleType) -> None:
 
         return from_pretrained
 
-    _wrap(module._BaseAutoModelClass, "from_pretrained", from_pretrained)
+    classes = [module._BaseAutoModelClass]
+    for cls in classes:  # those that are there already have a copy of the method
+        classes += cls.__subclasses__()
+        if "from_pretrained" in cls.__dict__:
+            _wrap(cls, "from_pretrained", from_pretrained)
 
 
 def patch_adapters(module: ModuleType) -> None:

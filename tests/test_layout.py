@@ -125,7 +125,8 @@ WHEEL = {
     "orthoact": {"__init__.py", "__main__.py", "_version.py", "cli.py", "py.typed"},
     "orthoact/interp": {p.name for p in (ROOT / "interp").glob("*.py")},
     "orthoact/convert": {p.name for p in (ROOT / "convert").glob("*.*")},
-    "orthoact/finetune": {"__init__.py"},
+    "orthoact/finetune": {p.name for p in (ROOT / "finetune").glob("*.py")},
+    "orthoact/recipes": {p.name for p in (ROOT / "recipes").glob("*.yaml")},
     "orthoact/convert/demo": {
         *("README.md", "config.json", "generation_config.json", "heldout.txt"),
         *("model.safetensors", "tokenizer.json", "tokenizer_config.json"),

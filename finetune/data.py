@@ -1,0 +1,224 @@
+"""What is trained and measured on: rows from `datasets`, files or folders, and how they become a model's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..convert.data import read_datasets
+from ..convert.sources import Source, demo_folder
+from ..interp.errors import OrthoactError
+from .examples import Images, Sentences, Windows
+from .recipe import Recipe
+from .sections import Data
+
+SPLITS = ("train", "validation", "test")
+TEXTS = (".txt", ".md", ".text")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The three splits as they were found; nothing of the model is known yet."""
+
+    train: Any
+    validation: Any
+    test: Any
+    labels: tuple[str, ...] = ()
+    """The names of the classes, in the order of their numbers; empty where nothing is classified."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The three splits as inputs of a model."""
+
+    train: Any
+    validation: Any
+    test: Any
+    collate: Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]
+    unit: str
+    """What they are counted in: tokens, texts or images."""
+
+
+def read_rows(recipe: Recipe) -> Rows:
+    """The splits that a recipe names, checked: columns, labels, sizes.
+
+    Raises `OrthoactError`, quoting the key, for data that cannot be read, a column that is missing, labels that are no
+    classes, a split that is empty.
+    """
+    limited = replace(recipe.data, length=1, size=None, augment=True)  # the rest does not change the rows
+    return _rows(limited, recipe.task, recipe.seed if recipe.data.train_limit else 0)
+
+
+@lru_cache(maxsize=2)  # the rows of a comparison read the same data again and again
+def _rows(data: Data, task: str, seed: int) -> Rows:
+    found = _splits(data)
+    for name, rows in found.items():
+        if len(rows) == 0:
+            raise OrthoactError(f"data.{name}: the split {getattr(data, name)!r} of {data.path} is empty")
+    if task == "causal-lm":
+        texts = {name: _texts(data, name, rows) for name, rows in found.items()}
+        return Rows(**_held_out(data, texts, _cut_text))
+    column = data.text if task == "sequence-classification" else data.image
+    for name, rows in found.items():
+        _check_columns(data, name, rows, column, data.label)
+    found = _held_out(data, found, _cut_rows)
+    labels = _labels(data, found)
+    limits = {name: getattr(data, f"{name}_limit") for name in SPLITS}
+    found = {name: _draw(rows, limits[name], seed if name == "train" else 0) for name, rows in found.items()}
+    return Rows(**{name: _pairs(data, name, rows, column, labels) for name, rows in found.items()}, labels=labels)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def _splits(data: Data) -> dict[str, Any]:
+    """The splits that are there: lists of texts, or rows of `datasets`."""
+    path = demo_folder() / "heldout.txt" if data.path == "demo" else Path(data.path).expanduser()
+    if path.is_file() and path.suffix in TEXTS:
+        return {"train": [_read(path)]}
+    if path.is_dir() and (files := {p.stem: p for p in sorted(path.iterdir()) if p.suffix in TEXTS}):
+        return _named(data, {name: [_read(file)] for name, file in files.items()})
+    if path.exists():
+        try:
+            held = read_datasets(path)
+        except OrthoactError as error:
+            raise OrthoactError(str(error).replace("--data", "data.path:")) from error
+        return _named(data, held)
+    if data.path.startswith((".", "/", "~")) or path.suffix:
+        raise OrthoactError(f"data.path: there is no file or folder {data.path}")
+    return _named(data, _from_hub(data))
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _from_hub(data: Data) -> dict[str, Any]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        whole: Any = datasets.load_dataset(data.path, data.subset)
+        slices = {key for name in SPLITS if "[" in (key := getattr(data, name))}
+        held: dict[str, Any] = {str(key): split for key, split in whole.items()}
+        return held | {key: datasets.load_dataset(data.path, data.subset, split=key) for key in slices}
+    except Exception as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise OrthoactError(
+            f"data.path: {data.path} is no file or folder here, and the Hub did not give it ({why}); check the name, "
+            f"the network and HF_HUB_OFFLINE, or take the recipe's own substitute with --offline"
+        ) from error
+
+
+def _named(data: Data, held: dict[str, Any]) -> dict[str, Any]:
+    """The splits that the recipe names; validation and test may be missing, unless they were asked for by name."""
+    usual = Data()
+    for name in SPLITS:
+        key = getattr(data, name)
+        if key not in held and (name == "train" or key != getattr(usual, name)):
+            raise OrthoactError(f"data.{name}: {data.path} has no split {key!r}, it has {', '.join(sorted(held))}")
+    return {name: held[key] for name in SPLITS if (key := getattr(data, name)) in held}
+
+
+def _texts(data: Data, name: str, rows: Any) -> list[str]:
+    """The documents of a split."""
+    if not isinstance(rows, list):
+        _check_columns(data, name, rows, data.text)
+        rows = rows[data.text][:]
+        rows = [text if data.eos or text.endswith("\n") else f"{text}\n\n" for text in rows]
+    if not any(text.strip() for text in rows):
+        raise OrthoactError(f"data.{name}: the split {getattr(data, name)!r} of {data.path} holds no text")
+    return rows
+
+
+def _check_columns(data: Data, name: str, rows: Any, *columns: str) -> None:
+    held = getattr(rows, "column_names", [])
+    for column in columns:
+        if column not in held:
+            key = next(k for k in ("text", "label", "image") if getattr(data, k) == column)
+            known = ", ".join(held) or "text alone"
+            raise OrthoactError(f"data.{key}: {data.path} has no column {column!r} in {name}, it has {known}")
+
+
+def _held_out(data: Data, found: dict[str, Any], cut: Callable) -> dict[str, Any]:
+    """Take the splits that are missing off the training split."""
+    missing = [name for name in ("validation", "test") if name not in found]
+    parts = cut(found["train"], [data.holdout] * len(missing))
+    return found | dict(zip(("train", *missing), parts, strict=True))
+
+
+def _cut_text(texts: list[str], shares: list[float]) -> list[list[str]]:
+    """The ends of a text, the last share last, cut at line ends; whole documents where there are many."""
+    units = texts if len(texts) >= 20 else "".join(texts).splitlines(keepends=True)
+    sizes = torch.tensor([float(len(unit)) for unit in units]).cumsum(0)
+    ends = [int((sizes <= sizes[-1] * (1 - sum(shares[i:]) + 1e-6)).sum()) for i in range(len(shares))] + [len(units)]
+    parts = [units[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+    return [part if len(texts) >= 20 else ["".join(part)] for part in parts]
+
+
+def _cut_rows(rows: Any, shares: list[float]) -> list[Any]:
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    ends = [round(len(rows) * (1 - sum(shares[i:]))) for i in range(len(shares))] + [len(rows)]
+    return [rows.select(order[a:b]) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _draw(rows: Any, limit: int | None, seed: int) -> Any:
+    if limit is None or limit >= len(rows):
+        return rows
+    return rows.select(torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:limit].tolist())
+
+
+def _labels(data: Data, found: dict[str, Any]) -> tuple[str, ...]:
+    """The names of the classes."""
+    feature = found["train"].features[data.label]
+    if hasattr(feature, "names"):
+        return tuple(feature.names)
+    values = set(found["train"][data.label])
+    if all(isinstance(v, int) for v in values):
+        return tuple(str(i) for i in range(max(values) + 1))
+    if all(isinstance(v, str) for v in values):
+        return tuple(sorted(values))
+    odd = next(v for v in values if not isinstance(v, int | str))
+    raise OrthoactError(f"data.label: expected whole numbers or names in column {data.label!r}, found {odd!r}")
+
+
+def _pairs(data: Data, name: str, rows: Any, column: str, labels: tuple[str, ...]) -> Any:
+    """Rows as a sequence of (text or image, number of the class)."""
+    known = {label: i for i, label in enumerate(labels)}
+    numbers = [y if isinstance(y, int) else known.get(y, -1) for y in rows[data.label]]
+    if odd := [y for y, n in zip(rows[data.label], numbers, strict=True) if not 0 <= n < len(labels)]:
+        raise OrthoactError(
+            f"data.{name}: the label {odd[0]!r} of {len(odd)} rows is none of the {len(labels)} classes of the "
+            f"training split; take a split that is labelled alike"
+        )
+    return Pairs(rows, column, numbers)
+
+
+class Pairs:
+    """A column and the numbers of its rows' classes."""
+
+    def __init__(self, rows: Any, column: str, numbers: list[int]):
+        self.rows, self.column, self.numbers = rows, column, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        return self.rows[i][self.column], self.numbers[i]
+
+
+# -- a model's inputs --------------------------------------------------------------------------------------------------
+
+
+def make_examples(rows: Rows, source: Source, recipe: Recipe) -> Examples:
+    """The rows as inputs of the model of `source`, by its own tokenizer or image processor."""
+    kind = {"causal-lm": Windows, "sequence-classification": Sentences, "image-classification": Images}[recipe.task]
+    maker = kind(source, recipe.data)
+    splits = {name: maker.split(name, getattr(rows, name)) for name in SPLITS}
+    return Examples(**splits, collate=maker.collate, unit=kind.unit)
