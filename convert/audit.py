@@ -113,6 +113,13 @@ class _Watcher:
         self.exits.callback(hooks.register_module_forward_pre_hook(self._before).remove)
         self.exits.callback(hooks.register_module_forward_hook(self._after, always_call=True).remove)
         self.exits.enter_context(torch.no_grad())
+        if any(p.is_meta for p in self.model.parameters()):  # where nothing can be read, so that no router can branch
+            for config in {
+                id(c): c for m in self.modules.values() if (c := m.__dict__.get("config")) is not None
+            }.values():
+                if (way := getattr(config, "_experts_implementation", None)) is not None:
+                    self.exits.callback(setattr, config, "_experts_implementation", way)
+                    config._experts_implementation = "batched_mm"
         return self
 
     def __exit__(self, *error):

@@ -161,7 +161,7 @@ def _settle(owner: nn.Module, base: type[nn.Module], children: dict[str, nn.Modu
 def settle_fused_path(owner: nn.Module) -> None:
     """Let torch's fused encoder layer run what the module holds: it goes by a number, whatever the activation is."""
     if isinstance(owner, nn.TransformerEncoderLayer):
-        act = owner.activation
+        act: Any = owner.activation
         owner.activation_relu_or_gelu = 1 if act is F.relu or type(act) is nn.ReLU else 0
         if act is F.gelu or (type(act) is nn.GELU and act.approximate == "none"):
             owner.activation_relu_or_gelu = 2
@@ -469,8 +469,19 @@ def rewritten(base: type[nn.Module], children: tuple[str, ...]) -> type[nn.Modul
             body[method] = _compiled(owner, node, mine)
     body |= {"_orthoact_base": base, "_orthoact_children": children}
     body |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    body["__reduce_ex__"] = _reduce
-    return type(base)(base.__name__, (base,), body)
+    body |= {"__reduce_ex__": _reduce, "__init__": _made_anew(base)}
+    return type(base)(base.__name__, (base,), body)  # pyright: ignore[reportCallIssue]
+
+
+def _made_anew(base: type[nn.Module]) -> Callable:
+    """A new module made of the class of a converted one is as the library makes it: what follows converts it."""
+
+    @functools.wraps(base.__init__)
+    def __init__(self, *args, **kwargs):
+        self.__class__ = base
+        base.__init__(self, *args, **kwargs)
+
+    return __init__
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
@@ -513,33 +524,33 @@ class _Replace(ast.NodeTransformer):
 
     def visit(self, node: ast.AST) -> Any:
         at = _position(node) if isinstance(node, ast.expr | ast.AugAssign) else ()
-        child = self.children.get(at)
-        taken = None
-        if child is not None and isinstance(node, ast.Call):
-            called = _called(node, self.me)
-            taken = called[2] if called else None
-            if taken is node:  # the function goes on without its activation
-                del self.children[at]
-                bare = copy.deepcopy(node)
-                for keyword in bare.keywords:
-                    if keyword.arg == "activation":
-                        keyword.value = ast.copy_location(ast.Constant(None), keyword.value)
-                taken = self.generic_visit(bare)
-                self.children[at] = child
-        elif child is not None and isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.Mult):
-            if _written_out(node) is not None:
-                taken = next(x for x, gate in _factors(node) if _sigmoid(gate) is not None)
+        taken = self._input(node) if at in self.children else None
         if taken is None:
             node = self.generic_visit(node)
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super":
                 if not node.args:
                     node.args = [ast.Name("__orthoact_class__", ast.Load()), ast.Name(self.me, ast.Load())]
             return node
-        del self.children[at]
-        function = ast.Attribute(ast.Name(self.me, ast.Load()), str(child), ast.Load())
-        fused = isinstance(taken, ast.Call) and _position(taken) == at
-        call = ast.Call(function, [taken if fused else self.visit(copy.deepcopy(taken))], [])
-        if not isinstance(node, ast.AugAssign):
-            return ast.copy_location(call, node)
-        call.args[0].ctx = ast.Load()
-        return ast.copy_location(ast.Assign([node.target], call), node)
+        function = ast.Attribute(ast.Name(self.me, ast.Load()), self.children.pop(at), ast.Load())
+        call = ast.Call(function, [self.visit(taken)], [])
+        if isinstance(node, ast.AugAssign):
+            return ast.copy_location(ast.Assign([node.target], call), node)
+        return ast.copy_location(call, node)
+
+    def _input(self, node: ast.AST) -> ast.expr | None:
+        """What the child is given in the place of this expression."""
+        if isinstance(node, ast.Call):
+            called = _called(node, self.me)
+            if called is None or called[2] is not node:
+                return copy.deepcopy(called[2]) if called else None
+            bare = copy.deepcopy(node)  # the function goes on without its activation
+            bare.end_col_offset = -1  # another expression now: not to be replaced again
+            for keyword in bare.keywords:
+                if keyword.arg == "activation":
+                    keyword.value = ast.copy_location(ast.Constant(None), keyword.value)
+            return bare
+        if isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.Mult):
+            if _written_out(node) is not None:
+                x = next(x for x, gate in _factors(node) if _sigmoid(gate) is not None)
+                return ast.parse(ast.unparse(x), mode="eval").body  # read, also where it was assigned to
+        return None

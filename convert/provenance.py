@@ -81,15 +81,16 @@ def provenance(source: Source, *, seed: int | None = None, command: Iterable[str
     """What a record says of its origin: `base` (model, revision, library, files) and `made` (command, seed, versions).
 
     A model that was converted before keeps the base that it had. The revision is the commit where the Hub's cache
-    tells it.
+    tells it. Weights that were too large to be loaded are not read for their hashes either.
     """
     folder = weights_folder(source)
+    read = not source.planned
     name = demo_name() if source.folder == demo_folder() else source.base
     base = recorded_base(source.folder) or {
         "model": name,
         "revision": commit_of(folder) or source.revision,
         "library": source.kind,
-        "files": {path.name: recorded_sha256(path) for path in weight_files(folder)} if folder else {},
+        "files": {path.name: recorded_sha256(path) for path in weight_files(folder)} if read and folder else {},
     }
     return {"base": base, "made": {"command": command_line(command), "seed": seed, "versions": versions()}}
 

@@ -41,7 +41,9 @@ def write_shards(model: Any, source: Source, folder: Path) -> None:
     Raises `OrthoactError` where the base holds no safetensors.
     """
     check_saveable(model)
-    base = source.folder if weight_bytes(source.folder) else fetch(source.name, ["*.safetensors", INDEX])
+    base = source.folder
+    if base is None or not weight_bytes(base):
+        base = fetch(source.name, ["*.safetensors", INDEX])
     placed = _placed(base, source.name)
     names = sorted(set(placed.values()))
     renamed = {SINGLE: "model-00001-of-00001.safetensors"}  # a file of the plain name would be read alone

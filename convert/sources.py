@@ -277,7 +277,7 @@ def _transformers(
         with _readable(name), torch.device("meta" if planned else "cpu"):
             known = getattr(cls, "config_class", None) or transformers.AutoConfig
             read = known.from_pretrained(where, **options, **change)
-            make = cls.from_config if hasattr(cls, "from_config") else cls._from_config
+            make = getattr(cls, "from_config", None) or cls._from_config  # pyright: ignore[reportAttributeAccessIssue]
             trusted = {"trust_remote_code": True} if remote else {}
             precision = torch.float32 if scratch else DTYPES[dtype] if dtype else read.dtype or torch.float32
             return Source(make(read, dtype=precision, **trusted), recorded, "transformers", folder, revision)

@@ -142,6 +142,7 @@ def plan(
     groups = _number_of(groups)
     check_choice(family, degree, tolerance, parameters, tails, derivative_weight)
     _refuse_converted(model)
+    _refuse_fused(model)
     for name, weight in model.named_parameters():
         if not _is_finite(weight):
             raise OrthoactError(
@@ -207,6 +208,21 @@ def _check_groups(groups: int, sites: list[Site]) -> None:
             raise OrthoactError(f"--groups {named}: the channel axis of {s.name} is not known; leave --groups out")
         if groups and s.width and s.width % groups:
             raise OrthoactError(f"--groups {groups}: expected a divisor of the {s.width} channels of {s.name}")
+
+
+def _refuse_fused(model: nn.Module) -> None:
+    """Refuse blocks whose activation is inside a kernel that does not ask the module for it."""
+    fused = [n for n, m in model.named_modules() if type(m).__name__.startswith("Liger")]
+    patched = [n for n, m in model.named_modules() if "liger" in getattr(type(m).forward, "__module__", "")]
+    patched += [n for n, m in model.named_modules() if "liger" in getattr(m.__dict__.get("forward"), "__module__", "")]
+    if found := [*fused, *patched]:
+        raise OrthoactError(
+            f"{found[0]} runs a Liger kernel, which computes its activation inside: load the model without Liger"
+        )
+    if getattr(model, "_use_kernels", False):
+        raise OrthoactError(
+            "the model was loaded with use_kernels, which may compute activations inside whole blocks: load it without"
+        )
 
 
 def _refuse_converted(model: nn.Module) -> None:

@@ -74,8 +74,36 @@ def patch_configuration(module: ModuleType) -> None:
 
         return from_dict
 
+    def get_config_dict(old):
+        def get_config_dict(cls, *args, **kwargs):
+            config, rest = old(cls, *args, **kwargs)
+            if config.get(SENTINEL) and not absent.get() and config.get("model_type") != cls.model_type:
+                config = with_parts(unseal(config), cls)
+            return config, rest
+
+        return get_config_dict
+
+    _wrap(module.PreTrainedConfig, "get_config_dict", get_config_dict)
     _wrap(module.PreTrainedConfig, "to_dict", to_dict)
     _wrap(module.PreTrainedConfig, "from_dict", from_dict)
+
+
+def with_parts(config: dict[str, Any], cls: Any) -> dict[str, Any]:
+    """The config of a composite model (CLIP), the part that `cls` takes of it (its text model) with its own record."""
+    spec = config[SENTINEL]
+    for key, part in config.items():
+        if isinstance(part, dict) and (key == cls.base_config_key or part.get("model_type") == cls.model_type):
+            kept = {k.removeprefix(f"{key}."): v for k, v in spec["activations"].items() if k.startswith(f"{key}.")}
+            stem = key.removesuffix("_config")
+            sites = {}
+            for name, entry in spec["sites"].items():
+                path = name.split(".")
+                at = next((i for i, step in enumerate(path) if stem in step), None)  # text_model, language_model, ...
+                if at is not None:
+                    sites[".".join(path[at + 1 :])] = entry
+            if sites:
+                part[SENTINEL] = {**spec, "activations": kept, "sites": sites}
+    return config
 
 
 def patch_modeling(module: ModuleType) -> None:
@@ -136,13 +164,31 @@ def patch_modeling(module: ModuleType) -> None:
 
         return save_pretrained
 
+    def expanded(old):
+        def get_expanded_tied_weights_keys(self, *args, **kwargs):
+            # a pattern that ties all of two heads must not tie what this package put into them
+            kept = tuple(f"{name}." for name in holds(self))
+            return {k: v for k, v in old(self, *args, **kwargs).items() if not k.startswith(kept)}
+
+        return get_expanded_tied_weights_keys
+
+    def set_use_kernels(old):
+        def set_use_kernels(self, use_kernels, *args, **kwargs):
+            if use_kernels and holds(self):
+                refuse_kernels(type(self).__name__)
+            return old(self, use_kernels, *args, **kwargs)
+
+        return set_use_kernels
+
     cls = module.PreTrainedModel
     for name, make in (
         ("__init__", init),
         ("post_init", post_init),
         ("_initialize_weights", initialize_weights),
+        ("get_expanded_tied_weights_keys", expanded),
         ("from_pretrained", from_pretrained),
         ("save_pretrained", save_pretrained),
+        ("set_use_kernels", set_use_kernels),
     ):
         _wrap(cls, name, make)
 
@@ -225,6 +271,14 @@ def known_name(name: Any) -> Any:
     return resolve(name)
 
 
+def refuse_kernels(name: str) -> None:
+    """Kernels from the Hub replace whole blocks with the activation in them."""
+    raise OrthoactError(
+        f"use_kernels on the converted {name}: kernels that replace whole blocks compute the old activation inside; "
+        f"load it without"
+    )
+
+
 def check_loaded(model: Any) -> None:
     """Refuse a model whose record could not be applied at all; tell of one where it could only in part."""
     spec = None if absent.get() else getattr(getattr(model, "config", None), SENTINEL, None)
@@ -233,10 +287,8 @@ def check_loaded(model: Any) -> None:
     held = len(holds(model))
     name, recorded = type(model).__name__, len(spec["sites"])
     if not held:
-        raise OrthoactError(
-            f"none of the {recorded} recorded activations is in {name}: "
-            f"load the folder as {', '.join(model.config.architectures)}"
-        )
+        whole = ", ".join(model.config.architectures or ["the model that was converted"])
+        raise OrthoactError(f"none of the {recorded} recorded activations is in {name}: load the folder as {whole}")
     if held < recorded:
         logging.getLogger("orthoact").warning("%s holds %d of the %d recorded activations", name, held, recorded)
 
