@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .convert.calibrate import calibrate
     from .convert.checkpoint import save
     from .convert.fidelity import evaluate
+    from .convert.report import write_report
     from .convert.sites import Site, find_sites
     from .convert.sources import load
     from .convert.surgeon import Conversion, Plan, convert_, inspect_model, plan, revert_
@@ -28,6 +29,7 @@ _PUBLIC = {
     "calibrate": "convert.calibrate",
     "save": "convert.checkpoint",
     "evaluate": "convert.fidelity",
+    "write_report": "convert.report",
     "Site": "convert.sites",
     "find_sites": "convert.sites",
     "Conversion": "convert.surgeon",

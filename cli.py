@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -55,7 +56,7 @@ def _options(*options):
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")
 quiet = click.option("--quiet", is_flag=True, help="No progress and no table.")
-strict = click.option("--strict", is_flag=True, help="Fail (exit code 1) if an activation proper is left unconverted.")
+strict = click.option("--strict", is_flag=True, help="Fail (exit code 1) if an activation is left or poorly copied.")
 device = click.option("--device", default="cpu", show_default=True, help="Where the model runs.")
 loading = _options(
     click.option("--task", help="Load with this head: causal-lm, masked-lm, image-classification, base, ..."),
@@ -76,6 +77,7 @@ choosing = _options(
     click.option("--exclude", multiple=True, metavar="GLOB", help="Not sites of this name."),
     click.option("--include-heads", is_flag=True, help="Also the activations of heads and poolers."),
 )
+share = click.option("--share", is_flag=True, help="Sites with one module keep one activation; default: one for each.")
 
 
 def _console():
@@ -130,13 +132,15 @@ def _print_json(value: dict[str, Any]) -> None:
 def _table(title: str, columns: list[str], rows: list[list[Any]], *, left: bool = False) -> None:
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    console = _console()
+    console.print(title, style="bold")
+    table = Table(box=None, pad_edge=False, show_header=any(columns))
     for i, column in enumerate(columns):
         words = left or i == 0 or column == "why"
         table.add_column(column, justify="left" if words else "right", overflow="fold")
     for row in rows:
         table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row))
-    _console().print(table)
+    console.print(table)
 
 
 class _Groups(click.ParamType):
@@ -174,6 +178,23 @@ def _refuse_left(left) -> None:
         raise OrthoactError(f"--strict: {len(found)} activations are left unconverted: {named}")
 
 
+def _warn_of_poor(made, strict: bool) -> None:
+    """Say which sites get a copy in name only; `--strict` refuses them."""
+    from .interp.errors import OrthoactError
+
+    poor = [(site.name, fit) for site, fit in zip(made.sites, made.fits, strict=True) if fit.poor]
+    if not poor:
+        return
+    name, worst = max(poor, key=lambda pair: pair[1].share)
+    text = (
+        f"{len(poor)} of {len(made.sites)} sites get a poor copy: {worst.family} {worst.degree} misses {worst.target} "
+        f"by {100 * worst.share:.0f} % at {name}; take a higher --degree or another --family"
+    )
+    if strict:
+        raise OrthoactError(f"--strict: {text}")
+    click.echo(f"warning: {text}", err=True)
+
+
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 
@@ -184,13 +205,14 @@ def inspect(
     model, task, dtype, revision, trust_remote_code, device, include, exclude, include_heads, strict, as_json, quiet
 ):
     """Name every activation of MODEL: the sites that would be converted, and what would be left and why."""
+    from .convert.shards import LIGHT
     from .convert.sources import load_source
     from .convert.surgeon import inspect_model
 
     _silence_libraries()
     with _status(f"loading {model}", not quiet):
         options = {"task": task, "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
-        source = load_source(model, device=device, **options)
+        source = load_source(model, device=device, most=LIGHT, **options)
     sites, left = inspect_model(source.model, include=include, exclude=exclude, include_heads=include_heads)
     if as_json:
         rows = [{"name": s.name, "target": s.target.name, "module": s.module, "channel": s.channel} for s in sites]
@@ -209,39 +231,36 @@ def inspect(
 @fitting
 @click.option("--mean", type=float, default=0.0, show_default=True, help="Mean of the inputs' Gaussian law.")
 @click.option("--std", type=float, default=1.0, show_default=True, help="Its standard deviation.")
-@click.option("--plot", type=click.Path(dir_okay=False), help="Draw the fit into this .png, .svg or .pdf.")
+@click.option("--plot", type=click.Path(dir_okay=False), help="Draw it into this .png, .svg or .pdf.")
 @_options(as_json, quiet)
 def fit(target, family, degree, tolerance, tails, derivative_weight, mean, std, plot, as_json, quiet):
     """Fit a copy of one activation, TARGET (gelu, silu, "leaky_relu(0.2)", ...): errors, joints, coefficients."""
     from .interp.choose import fit_to_tolerance
     from .interp.domains import Gaussian
     from .interp.fit import fit as fit_target
+    from .interp.plot import check_format, plot_fit, sketch
     from .interp.targets import get_target
+
+    if plot:
+        check_format(plot)
 
     options = _fit_options(family, degree, tolerance, tails, derivative_weight)
     solve = fit_target if tolerance is None else fit_to_tolerance
     result = solve(get_target(target), domain=Gaussian(mean, std), **options)
     if plot:
-        from .interp.plot import plot_fit
-
         plot_fit(result, get_target(target), plot)
     if as_json:
         _print_json(result.to_dict())
     elif not quiet:
-        shown = (
-            "parameters",
-            "value_rms",
-            "slope_rms",
-            "value_max",
-            "slope_max",
-            "lo",
-            "hi",
-            "condition",
-            "holds",
-            "reason",
-        )
-        fields = result.to_dict()
-        _table(f"{result.target} as {result.family} {result.degree}", ["", ""], [[k, fields[k]] for k in shown])
+        found, anywhere = result.to_dict(), (-math.inf, math.inf)
+        rows = [[name.replace("_", " "), found[name]] for name in ("parameters", "value_rms", "slope_rms", "value_max")]
+        rows += [["joints", "none" if result.tails == "none" else f"{result.lo:.6g} and {result.hi:.6g}"]]
+        rows += [["holds", "everywhere" if result.holds == anywhere else "from {:.6g} to {:.6g}".format(*result.holds)]]
+        rows += [["condition", result.condition], ["why", result.reason]]
+        _table(f"{result.target} as {result.family} {result.degree}", ["", ""], rows, left=True)
+        if not plot and "utf" in (_console().encoding or "").lower():
+            _console().print(sketch(result, get_target(target), min(_console().width, 80)), markup=False)
+        _console().print("coefficients:", style="dim")
         click.echo(" ".join(f"{c:.9g}" for c in result.coefficients))
 
 
@@ -251,6 +270,7 @@ def fit(target, family, degree, tolerance, tails, derivative_weight, mean, std, 
 @_options(fitting, choosing)
 @click.option("--parameters", type=int, help="Not --degree: share so many learnable numbers over the sites.")
 @click.option("--groups", type=_Groups(), help="Numbers of its own for each of so many groups of channels.")
+@share
 @loading
 @click.option("--calibrate", type=click.Path(), help="Fit each site to what this data shows of it: as --data.")
 @click.option("--recover", type=click.Path(), help="Then train the activations towards the original on this data.")
@@ -260,6 +280,11 @@ def fit(target, family, degree, tolerance, tails, derivative_weight, mean, std, 
 @click.option("--dry-run", is_flag=True, help="Plan only; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT; refit a MODEL that is converted already.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the probe batch and of --calibrate.")
+@click.option("--adapter", is_flag=True, help="Write the activations alone, a few kB, as an adapter of PEFT.")
+@click.option("--standalone", is_flag=True, help="Add a code file: without orthoact, by trust_remote_code=True.")
+@click.option("--push-to-hub", metavar="REPO", help="Push OUTPUT to this repository of the Hub.")
+@click.option("--private", is_flag=True, help="Of --push-to-hub: a repository that only you see, if it is new.")
+@click.option("--no-report", is_flag=True, help="Leave report.html out of OUTPUT.")
 @_options(strict, as_json, quiet)
 def convert(
     model,
@@ -273,6 +298,7 @@ def convert(
     include,
     exclude,
     include_heads,
+    share,
     groups,
     task,
     dtype,
@@ -287,6 +313,11 @@ def convert(
     dry_run,
     overwrite,
     seed,
+    adapter,
+    standalone,
+    push_to_hub,
+    private,
+    no_report,
     strict,
     as_json,
     quiet,
@@ -301,6 +332,7 @@ def convert(
     from .convert.calibrate import calibrate_on
     from .convert.checkpoint import check_output, save
     from .convert.fidelity import evaluate
+    from .convert.shards import LIGHT, memory
     from .convert.sources import load_source
     from .convert.surgeon import convert_, inspect_model, plan, revert_
     from .interp.errors import OrthoactError
@@ -310,14 +342,23 @@ def convert(
         raise click.UsageError("--limit bounds the data of --calibrate: give that too")
     if steps is not None and recover is None:
         raise click.UsageError("--steps are those of --recover: give that too")
+    if adapter and standalone:
+        raise click.UsageError("give one of --adapter and --standalone")
+    form = "adapter" if adapter else "standalone" if standalone else "full"
     out = output or _default_output(model, family)
+    if push_to_hub and not dry_run:
+        from .convert.hub import check_push
+
+        check_push(push_to_hub)
     if not dry_run:
         check_output(out, overwrite=overwrite)
     _silence_libraries()
     clock = perf_counter()
     with _status(f"loading {model}", not quiet):
         loads = {"task": task, "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
-        source = load_source(model, device=device, **loads)
+        whole = calibrate is not None or parameters is not None or standalone or dtype is not None or device != "cpu"
+        most = None if whole else LIGHT if dry_run or adapter else memory() // 2
+        source = load_source(model, device=device, most=most, **loads)
     loaded = perf_counter() - clock
     if source.converted and overwrite:
         revert_(source.model)
@@ -332,9 +373,10 @@ def convert(
             )
         calibrated = perf_counter() - clock
     with _status("fitting", not quiet):
-        made = plan(source.model, domains=laws, groups=groups, **choice, **options)
+        made = plan(source.model, domains=laws, groups=groups, share=share, **choice, **options)
     if strict:
         _refuse_left(made.left)
+    _warn_of_poor(made, strict)
     report: dict[str, Any] = {
         "output": None if dry_run else str(out),
         "sites": made.rows,
@@ -357,6 +399,8 @@ def convert(
             report["seconds"]["recover"] = report["recovery"]["seconds"]
         with _status("measuring", not quiet):
             try:
+                if source.planned:
+                    raise OrthoactError("the weights were not loaded")
                 report["fidelity"] = evaluate(source, seed=seed)
             except OrthoactError as error:  # no input could be made up: the conversion itself is sound
                 if "NaN" in str(error):
@@ -364,16 +408,34 @@ def convert(
                 _console().print(f"not measured: {error}")
         with _status(f"writing {out}", not quiet):
             clock = perf_counter()
-            record = {k: v for k, v in report.items() if k not in ("output", "seconds")}
+            record = {k: v for k, v in report.items() if k != "output"}
+            record["seconds"] = {k: v for k, v in report["seconds"].items() if k != "save"}
             record |= {"fits": {s.name: f.to_dict() for s, f in zip(made.sites, made.fits, strict=True)}}
             if laws:
                 record |= {"calibration": {name: law.histogram() for name, law in laws.items()}}
-            save(source.model, out, source=source, report=record, overwrite=overwrite)
+            made_by = {"form": form, "seed": seed, "command": _command(), "page": not no_report}
+            save(source.model, out, source=source, report=record, overwrite=overwrite, **made_by)
             report["seconds"]["save"] = perf_counter() - clock
+        if push_to_hub:
+            from .convert.hub import push as push_folder
+
+            with _status(f"pushing {out} to {push_to_hub}", not quiet):
+                report["pushed"] = push_folder(out, push_to_hub, private=private)
     if as_json:
         _print_json(report)
     elif not quiet:
         _report(model, report, made)
+        if not (dry_run or no_report or adapter):
+            _console().print(f"see {out / 'report.html'}")
+
+
+def _command() -> list[str]:
+    """The command line as it was given, for the record; nothing where another program calls these functions."""
+    import sys
+
+    name = Path(sys.argv[0]).name
+    ours = name.removesuffix(".exe") in ("orthoact", "__main__.py")
+    return ["orthoact", *sys.argv[1:]] if ours else []
 
 
 def _default_output(model: str, family: str) -> Path:
@@ -393,8 +455,12 @@ def _report(model: str, report: dict[str, Any], made) -> None:
     if len(kinds) > len({row["target"] for row in report["sites"]}):  # sites of one target differ
         columns[:2] = ["site", "target"]
         rows = [[row["name"], *key] for key, kind in kinds.items() for row in kind]
-    _table(f"{model}: {len(report['sites'])} sites, {report['parameters']} learnable numbers", columns, rows)
-    console = _console()
+    console, reasons = _console(), {row[-1] for row in rows}
+    if len(reasons) == 1:  # said once
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    _table(f"{model}: {len(report['sites'])} sites, {report['parameters']:,} learnable numbers", columns, rows)
+    if len(reasons) == 1:
+        console.print(reasons.pop(), style="dim")
     for item in made.left:
         console.print(f"left: {item.where or '(model)'} {item.function}: {item.reason}", style="dim")
     if "recovery" in report:
@@ -513,6 +579,56 @@ def revert(out, output, overwrite, task, dtype, revision, trust_remote_code, dev
 
 
 @main.command()
+@click.argument("out")
+@click.option("--base", help="The model that OUT was made of.  [default: the one that it names]")
+@_options(loading, as_json, quiet)
+def verify(out, base, task, dtype, revision, trust_remote_code, device, as_json, quiet):
+    """Prove that every tensor of the converted model OUT but those of its activations is bit-equal to its base.
+
+    The base's files are compared with the hashes in the record too. Exit code 1 where anything differs.
+    """
+    from .convert.verify import verify as compare
+    from .interp.errors import OrthoactError
+
+    _silence_libraries()
+    loads = {"task": task, "dtype": dtype, "trust_remote_code": trust_remote_code, "device": device}
+    with _status(f"comparing {out} with its base", not quiet):
+        result = compare(out, base, revision=revision, **loads)
+    if as_json:
+        _print_json(result)
+    elif not quiet:
+        shown = ("base", "revision", "tensors", "activations")
+        rows = [[key, result[key]] for key in shown] + [[name, state] for name, state in result["files"].items()]
+        _table("bit-equal to its base" if result["verified"] else "not its base", ["", ""], rows)
+    if not result["verified"]:
+        wrong = [f"{k}: {', '.join(result[k][:3])}" for k in ("differ", "missing", "added") if result[k]]
+        wrong += [f"{name} {state}" for name, state in result["files"].items() if state == "differs"]
+        raise OrthoactError(f"{out} is not {result['base']} with other activations: {'; '.join(wrong) or 'no tensor'}")
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="A repository that only you see, if it is new.")
+@click.option("--revision", help="Branch to push to, made if absent.  [default: main]")
+@click.option("--dry-run", is_flag=True, help="List the files; push nothing.")
+@click.option("--message", help="Of the commit.")
+@_options(as_json, quiet)
+def push(out, repo, private, revision, dry_run, message, as_json, quiet):
+    """Push the converted model or adapter OUT to the Hub repository REPO, in one commit, with a card."""
+    from .convert.hub import push as push_folder
+
+    _silence_libraries()
+    with _status(f"pushing {out} to {repo}", not quiet and not dry_run):
+        result = push_folder(out, repo, private=private, revision=revision, dry_run=dry_run, message=message)
+    if as_json:
+        _print_json(result)
+    elif not quiet:
+        _table(f"{len(result['files'])} files", ["path", "bytes"], [[f["path"], f["bytes"]] for f in result["files"]])
+        _console().print("dry run: nothing was pushed" if dry_run else f"pushed to {result['url']}")
+
+
+@main.command()
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.  [default: ./RECIPE]")
@@ -584,6 +700,26 @@ def recipes(name, as_json):
 
 
 @main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File.  [default: OUT/report.html]"
+)
+@_options(as_json, quiet)
+def report(out, output, as_json, quiet):
+    """Write the HTML report on the folder OUT: every activation, where the error sits, what training did.
+
+    One file that needs no network. `convert` and `finetune` write it by themselves.
+    """
+    from .convert.report import write_report
+
+    path = write_report(out, output)
+    if as_json:
+        _print_json({"report": str(path), "bytes": path.stat().st_size})
+    elif not quiet:
+        _console().print(f"see {path}")
+
+
+@main.command()
 @as_json
 def families(as_json):
     """The families of learnable activations: formula, learnable numbers, smoothness, cost, reference.
@@ -627,6 +763,7 @@ def env(as_json):
     import torch
 
     from .convert.transformers_hooks import TESTED
+    from .interp.engine import describe
 
     found = {"orthoact": __version__, "python": platform.python_version(), "platform": platform.platform()}
     names = (
@@ -647,6 +784,7 @@ def env(as_json):
             found[name] = "missing"
     found["transformers tested"] = " to ".join(TESTED)
     found["threads"] = str(torch.get_num_threads())
+    found["activations"] = describe()
     found["accelerator"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     if as_json:
         _print_json(found)

@@ -8,14 +8,14 @@ random starts find, the numbers of its shape, kinks and joints all free. The sta
 for a few that hop from its copy, so that a reference is hardly ever worse.
 
 - hermite: a dense search over both joints, and a simplex from the best of them; the polynomial by Chebyshev series.
-- separable families: seeded random shapes and joints, each improved by Levenberg and Marquardt's method, the best of
+- separable families: seeded random shapes and joints, all improved by Levenberg and Marquardt's method, the best of
   them, hops from them and from the solver's own copy at length. What scores is least squares on the null space of the
-  equalities, written here.
+  equalities over the law's own nodes, written here.
 - piecewise families: seeded random kinks, each improved with the exact gradient of J, again and again; for convex ones
   also the non-negative least squares over a dense set of kinks. What scores is a sum over 32 times as many nodes.
 
-J has a share of the squared linear numbers added, as in the solver: what keeps them from cancelling each other. J below
-the resolution of float32, 1e-12 of 1 + E f^2, counts as that.
+J has a share of the squared terms of the series added, as in the solver: what keeps them from cancelling each other. J
+below the resolution of float32, 1e-12 of 1 + E f^2, counts as that.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from time import perf_counter
 
 import numpy as np
 from numpy.polynomial import chebyshev
-from scipy.optimize import least_squares, minimize, nnls
+from scipy.optimize import minimize, nnls
 
 from orthoact.interp import FAMILIES, TARGETS, Fit, Gaussian, OrthoactError, fit, get_family, get_target
 from orthoact.interp.family import Piecewise, Separable
 from orthoact.interp.fit import DERIVATIVE_WEIGHT
 from orthoact.interp.kinks import Tables, convexified
 from orthoact.interp.problem import Problem
-from orthoact.interp.projection import ROUNDING, Projection
+from orthoact.interp.race import ROUNDING, Race
 
 HERE = Path(__file__).parent
 FILE = HERE / "reference.json"
 SIZES = (9, 17)
-STARTS = 40
+STARTS = 96
 FIRST = (
     *("gelu", "silu", "gelu_tanh", "mish", "relu6", "elu", "softplus", "tanh", "sigmoid", "quick_gelu", "selu"),
     *("hardswish", "relu2", "leaky_relu", "celu", "laplace", "log_sigmoid", "xielu", "softsign", "tanhshrink"),
@@ -73,7 +73,11 @@ def cost(p: Problem, result: Fit) -> float:
     if not isinstance(p.family, Separable):
         return result.objective
     linear = p.family.size(p.degree) - p.family.shape(p.degree)
-    return result.objective + ridge(result.objective) ** 2 * float(np.sum(np.square(result.coefficients[:linear])))
+    core = (p.x >= result.lo) & (p.x <= result.hi)
+    numbers = [0.0] * linear + list(result.coefficients[linear:])
+    basis = np.stack(p.family.jacobian(numbers, (p.x[core] - result.location) / result.scale)[0][:linear])
+    shares = basis**2 @ p.w[core] * np.square(result.coefficients[:linear])
+    return result.objective + ridge(result.objective) ** 2 * float(shares.sum())
 
 
 def fine(p: Problem, copy) -> float:
@@ -112,7 +116,8 @@ def score(p: Problem, sides, lo: float, hi: float, rows, weight: float = 0.0) ->
         return np.inf
     values, slopes = rows(p.x[core], lo, hi)
     root, steep = np.sqrt(p.w[core]), np.sqrt(p.weight * p.w[core])
-    system = np.concatenate([root[:, None] * values, steep[:, None] * slopes, weight * np.eye(len(size))])
+    share = np.linalg.norm(root[:, None] * values, axis=0)
+    system = np.concatenate([root[:, None] * values, steep[:, None] * slopes, weight * np.diag(share)])
     right = np.concatenate([root * p.f[core], steep * p.d[core], np.zeros(len(size))]) - system @ particular
     found = np.linalg.lstsq(system @ free, right, rcond=None)[0]
     return float(total + np.sum((system @ (free @ found) - right) ** 2))
@@ -162,56 +167,59 @@ def random_shape(name: str, degree: int, random) -> np.ndarray:
 
 
 def search_separable(p: Problem, sides, random) -> dict:
+    race = Race(p, p.family, sides, 160)
     centre, spread = p.bend()
-    ends = []
 
-    def improve(projection: Projection, alpha: np.ndarray, evaluations: int, tolerance: float):
-        projection.last = None
-        options = {"method": "lm", "ftol": tolerance, "xtol": tolerance, "gtol": 1e-15, "max_nfev": evaluations}
-        try:
-            found = least_squares(projection.residual, alpha, projection.jacobian, x_scale="jac", **options)
-        except (np.linalg.LinAlgError, ValueError):
-            return
-        if np.isfinite(found.cost):
-            ends.append((2 * found.cost, projection, found.x))
+    def improve(places: list, steps: int) -> list:
+        """J, frame and alpha of each, the best first."""
+        frames, alphas = (np.array(part) for part in zip(*places, strict=True))
+        state = race.improve(race.evaluate(frames, alphas), steps)
+        ends = zip(state.value.tolist(), state.frame, state.alpha, strict=True)
+        return sorted(((v, (frame, alpha)) for v, frame, alpha in ends), key=lambda end: end[0])
 
-    for _ in range(STARTS):
+    def put(frame, shape, shift: float, lo: float, hi: float) -> tuple:
+        free = [(lo, hi)[i] for i in race.free]
+        return np.array(frame), np.array([*shape, *([shift] if p.family.centred else []), *free])
+
+    def start() -> np.ndarray:
         radii = spread * np.exp(random.uniform(np.log(0.7), np.log(8), 2))
         lo, hi = np.clip(centre - radii[0], *p.ends), np.clip(centre + radii[1], *p.ends)
         lo, hi = (float(j if s.joint is None else s.joint) for j, s in zip((lo, hi), sides, strict=True))
         if hi - lo < p.domain.std:
             hi = lo + p.domain.std if sides[1].joint is None else hi
             lo = hi - p.domain.std if sides[0].joint is None else lo
-        projection = Projection(p, sides, (lo + hi) / 2, (hi - lo) / 2 / p.family.reach(p.degree))
-        alpha = projection.pack([*random_shape(p.family.name, p.degree, random)], lo, hi)
-        improve(projection, alpha, 60, 1e-4)
+        frame = (lo + hi) / 2, (hi - lo) / 2 / p.family.reach(p.degree)
+        shift = random.choice([0.0, random.uniform(-1, 1)])
+        return put(frame, random_shape(p.family.name, p.degree, random), shift, lo, hi)
+
+    def hop(place: tuple, size: float) -> tuple:
+        frame, alpha = place
+        step = random.normal(size=(2, len(alpha)))
+        return frame, alpha * (1 + size * step[0]) + 1e-3 * size * step[1]
+
+    ends = improve([start() for _ in range(STARTS)], 60)[: STARTS // 4]
     own = fit(p.target.name, family=p.family.name, degree=p.degree)
-    projection = Projection(p, sides, own.location, own.scale)
-    alpha = projection.pack([*own.coefficients[projection.linear :]], own.lo, own.hi)
-    for size in (0, 0.03, 0.1, 0.1, 0.3, 0.3):  # around the solver's copy: is it the bottom of its own valley?
-        improve(projection, alpha * (1 + size * random.normal(size=len(alpha))), 100, 1e-6)
-    for _ in range(2):  # hops from the best
-        for _, projection, alpha in sorted(ends, key=lambda end: end[0])[:6]:
-            improve(projection, alpha * (1 + 0.3 * random.normal(size=len(alpha))), 60, 1e-4)
-    best_ends, ends = sorted(ends, key=lambda end: end[0])[:5], []
-    for value, projection, alpha in best_ends:
-        projection.rounding = ridge(value)
-        improve(projection, alpha, 300, 1e-9)
+    mine = put((own.location, own.scale), own.coefficients[race.linear :], 0.0, own.lo, own.hi)
+    near = improve([hop(mine, size) for size in (0, 0.03, 0.1, 0.1, 0.3, 0.3)], 100)  # the bottom of its own valley?
+    for _ in range(4):  # hops from the best
+        ends = sorted([*ends, *near], key=lambda end: end[0])[:12]
+        places = [place for _, place in ends]
+        near = improve(places + [hop(place, size) for place in places for size in (0.1, 0.3)], 60)
+    race.rounding = ridge(near[0][0])
     best = {"reference": np.inf}
-    for _, projection, alpha in ends:
-        shape, lo, hi = projection.unpack(alpha)
+    for _, ((location, scale), alpha) in improve([mine, *(place for _, place in near[:8])], 400)[:5]:
+        lo, hi = (float(v) for v in race.joints(alpha[None])[0])
+        if p.family.centred:
+            location = location + scale * alpha[race.shapes]
+        shape = alpha[: race.shapes].tolist()
 
-        def rows(x, lo, hi, shape=shape, projection=projection):
-            linear = projection.linear
-            z = (x - projection.location) / projection.scale
-            values, slopes = p.family.jacobian([0.0] * linear + shape, z)
-            return np.stack(values[:linear], axis=-1), np.stack(slopes[:linear], axis=-1) / projection.scale
+        def rows(x, lo, hi, shape=shape, location=location, scale=scale):
+            values, slopes = p.family.jacobian([0.0] * race.linear + shape, (x - location) / scale)
+            return np.stack(values[: race.linear], axis=-1), np.stack(slopes[: race.linear], axis=-1) / scale
 
-        if (
-            p.ends[0] <= lo < hi <= p.ends[1]
-            and (value := score(p, sides, lo, hi, rows, projection.rounding)) < best["reference"]
-        ):
-            where = {"location": projection.location, "scale": projection.scale, "shape": shape}
+        value = score(p, sides, lo, hi, rows, race.rounding)
+        if p.ends[0] <= lo < hi <= p.ends[1] and value < best["reference"]:
+            where = {"location": float(location), "scale": float(scale), "shape": shape}
             best = {"reference": value, "lo": lo, "hi": hi} | where
     return best
 

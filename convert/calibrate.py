@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..interp.domains import Measured
 from ..interp.errors import OrthoactError
+from .calls import exposed
 from .data import batches, predicts_next, takes_images
 from .fidelity import outputs
 from .sites import Site
@@ -52,6 +53,8 @@ def calibrate(
     """
     model = model.model if isinstance(model, Source) else model
     sites = list(sites)
+    exits = ExitStack()
+    exits.enter_context(exposed(model))
     modules = {site.name: model.get_submodule(site.name) for site in sites}
     laws = {module: Measured() for module in modules.values()}
     names = {module: name for name, module in modules.items()}
@@ -78,7 +81,7 @@ def calibrate(
         output.register_hook(lambda g: laws[module].weigh(bins, g if keep is None else g[keep]))
         return output
 
-    with ExitStack() as exits:
+    with exits:
         training = {m: m.training for m in model.modules()}
         exits.callback(lambda: [setattr(m, "training", mode) for m, mode in training.items()])
         frozen = [p for p in model.parameters() if p.requires_grad]

@@ -1,6 +1,6 @@
-"""Patch transformers and timm when, and only when, somebody imports them.
+"""Patch transformers, timm and peft when, and only when, somebody imports them.
 
-`import orthoact` must stay light, and plain `from_pretrained` must work whichever of the two is imported first. So each
+`import orthoact` must stay light, and plain `from_pretrained` must work whichever of them is imported first. So each
 patch is applied at once where its module is loaded, and else right after the module has been executed.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -25,6 +26,22 @@ def _modeling(module: ModuleType) -> None:
     patch_modeling(module)
 
 
+def _auto(module: ModuleType) -> None:
+    from .transformers_hooks import patch_auto
+
+    patch_auto(module)
+
+
+def _adapters(module: ModuleType) -> None:
+    from .transformers_hooks import patch_adapters
+
+    patch_adapters(module)
+
+
+def _peft(module: ModuleType) -> None:
+    import_module(".adapter", __package__)  # registers at its end, which is later where it is what imports peft
+
+
 def _timm(module: ModuleType) -> None:
     from .timm_hooks import register
 
@@ -34,6 +51,9 @@ def _timm(module: ModuleType) -> None:
 PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "transformers.configuration_utils": _configuration,
     "transformers.modeling_utils": _modeling,
+    "transformers.models.auto.auto_factory": _auto,
+    "transformers.integrations.peft": _adapters,
+    "peft": _peft,
     "timm.models": _timm,
 }
 """What is done to which module, after it has been executed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -14,6 +15,7 @@ from torch import nn
 from ..interp.activation import Activation
 from ..interp.errors import OrthoactError
 from ..interp.targets import TARGETS, Target, get_target
+from .calls import exposed
 
 WITH_PARAMETERS = {
     nn.LeakyReLU: lambda m: f"leaky_relu({m.negative_slope!r})",
@@ -29,7 +31,9 @@ WITH_PARAMETERS = {
 """Classes whose target depends on their settings; every other class is recognised by its values alone."""
 
 TRAINED = (nn.PReLU,)
-"""Activations that hold parameters of their own (and transformers' xIELU, found by name)."""
+"""Activations that hold parameters of their own (and those of transformers, found by name)."""
+
+TRAINED_NAMES = re.compile("XIELUActivation|Snake(1d|Beta)$")
 
 GATES = {"tanh", "sigmoid", "hardsigmoid", "hardtanh", "softplus", "sqrtsoftplus", "log_sigmoid", "laplace"}
 """Targets that are nearly always gates, poolers, routers or step sizes rather than hidden activations."""
@@ -54,6 +58,8 @@ class Site:
     """The axis of its input that counts channels, None where no forward pass could tell."""
     width: int | None = None
     """The number of channels, where a forward pass told."""
+    shared: str = ""
+    """The first site with the very same module; empty for that one and for a module of one site."""
 
     @property
     def key(self) -> object:
@@ -76,7 +82,9 @@ def find_sites(
     >>> [s.name for s in find_sites(nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.Linear(2, 1), nn.Tanh()))]
     ['1']
     """
-    return [s for s in survey(model, include=include, exclude=exclude, include_heads=include_heads) if not s.left]
+    with exposed(model):
+        found = survey(model, include=include, exclude=exclude, include_heads=include_heads)
+    return [s for s in found if not s.left]
 
 
 def survey(
@@ -90,7 +98,7 @@ def survey(
     include = (include,) if isinstance(include, str) else tuple(include)
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     trunk = _trunk(model)
-    sites, slots = [], set()
+    sites, slots, first = [], set(), {}
     for path, parent in model.named_modules(remove_duplicate=False):
         for leaf, child in parent._modules.items():
             if child is None or (id(parent), leaf) in slots:  # a parent at several paths has each slot once
@@ -101,7 +109,8 @@ def survey(
             if site is None:
                 continue
             left = site.left or _reason(site, trunk, include, exclude, include_heads)
-            sites.append(replace(site, left=left))
+            shared = first.setdefault(id(child), name) if not left else name
+            sites.append(replace(site, left=left, shared="" if shared == name else shared))
     return sites
 
 
@@ -112,6 +121,8 @@ def _reason(site: Site, trunk: str | None, include: tuple, exclude: tuple, inclu
         return "" if any(fnmatchcase(site.name, glob) for glob in include) else "not named by --include"
     if site.target.name.split("(")[0] in GATES:
         return f"{site.target.name} is a gate or a pooler: name it with --include to convert it"
+    if "indexer" in site.name.split("."):
+        return "in an indexer, which only selects tokens: no gradient reaches it"
     if not include_heads and _is_head(site.name, trunk):
         return "in a head: --include-heads converts it"
     return ""
@@ -132,12 +143,13 @@ def recognise(name: str, module: nn.Module) -> Site | None:
     kind = type(module).__name__
     if isinstance(module, Activation):
         return Site(name, Target(module.target, module), kind, left="converted already")
-    if isinstance(module, TRAINED) or kind == "XIELUActivation":
+    if isinstance(module, TRAINED) or TRAINED_NAMES.search(kind):
         return Site(name, Target(kind, module), kind, left=f"{kind} has parameters of its own")
     if module._modules or module._parameters or module._buffers:
         return None
     if type(module) in WITH_PARAMETERS:
-        return Site(name, get_target(WITH_PARAMETERS[type(module)](module)), kind)
+        with torch.device("cpu"):
+            return Site(name, get_target(WITH_PARAMETERS[type(module)](module)), kind)
     if type(module).__name__ in ("Dropout", "Identity", "DropPath", "Flatten", "Softmax"):
         return None  # only to save their probes
     target = _probe(module)
@@ -154,6 +166,11 @@ def _grid() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 def _probe(module: nn.Module) -> Target | None:
     """What a leaf without parameters computes, if it is an elementwise function that is not linear."""
+    with torch.device("cpu"):  # also while a model is built on the meta device
+        return _recognise_values(module)
+
+
+def _recognise_values(module: nn.Module) -> Target | None:
     grid, known = _grid()
     training = module.training
     module.eval()

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..interp.errors import OrthoactError
+from .names import CONFIG, DEMO, DEMO_NAME, WEIGHTS, is_adapter
 from .record import spec_of
 
 log = logging.getLogger("orthoact")
@@ -32,8 +33,6 @@ TASKS = {
 """What `--task` chooses; without it the class that the checkpoint was saved from."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-DEMO = "demo"
 
 REPORT = "orthoact.json"
 """The file beside the weights that says how they were made: base, sites with their fits, what is left, versions."""
@@ -67,7 +66,13 @@ class Source:
         """The name of the model that this one was converted from; its own name where it was not."""
         report = self.folder / REPORT if self.folder else None
         recorded = _read_json(report, self.name).get("base", {}) if report and report.is_file() else {}
-        return recorded.get("model", self.name)
+        name = recorded.get("model") or (spec_of(self.model) or {}).get("base", {}).get("model") or self.name
+        return DEMO if DEMO_NAME.fullmatch(name) else name
+
+    @property
+    def planned(self) -> bool:
+        """Whether its weights were left where they are: it is on the meta device."""
+        return any(parameter.is_meta for parameter in self.model.parameters())
 
     @property
     def converted(self) -> bool:
@@ -85,12 +90,15 @@ def load_source(
     device: str = "cpu",
     config: Mapping[str, Any] | None = None,
     scratch: bool = False,
+    most: int | None = None,
 ) -> Source:
     """Load the model called `name`: a Hub id, a local folder, `timm:NAME` or `demo`.
 
     `config` replaces values of its config (timm: arguments of create_model); with `scratch` it has that architecture
-    and new random weights. Raises `OrthoactError` for a path that is missing, a folder that is no checkpoint, weights
-    that cannot be read.
+    and new random weights. With `most`, transformers' weights of more than so many bytes are neither downloaded nor
+    loaded: the model is built on the meta device, which is enough to plan.
+
+    Raises `OrthoactError` for a path that is missing, a folder that is no checkpoint, weights that cannot be read.
     """
     if task is not None and task not in TASKS:
         raise OrthoactError(f"--task {task!r}: expected one of {', '.join(TASKS)}")
@@ -100,6 +108,11 @@ def load_source(
         source = _timm(name, name.removeprefix("timm:"), None, revision, config or {}, scratch)
     else:
         folder, local = _folder(name, revision)
+        if is_adapter(folder):
+            from .adapter import load_applied
+
+            options = {"task": task, "dtype": dtype, "trust_remote_code": trust_remote_code, "device": device}
+            return load_applied(folder.resolve().name if local else name, folder, local, **options)
         found = _read_json(folder / "config.json", name)
         recorded = DEMO if name == DEMO else folder.resolve().name if local else name
         if local and revision:
@@ -110,16 +123,19 @@ def load_source(
             where = f"local-dir:{folder}" if local else f"hf-hub:{name}{'@' + revision if revision else ''}"
             source = _timm(recorded, where, folder, revision, config or {}, scratch)
         elif "model_type" in found or found.get("auto_map"):
-            change = (config or {}, scratch)
-            source = _transformers(
-                name, recorded, folder, local, found, task, dtype, revision, trust_remote_code, *change
-            )
+            planned = most is not None and _bytes(name, folder, local, revision) > most
+            loads = {"task": task, "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
+            how = {"change": config or {}, "scratch": scratch, "planned": planned}
+            source = _transformers(name, recorded, folder, local, found, **loads, **how)
         else:
             raise OrthoactError(
                 f"{name}: its config.json has neither model_type (transformers) nor architecture (timm)"
             )
     if dtype is not None:
         source.model.to(DTYPES[dtype])
+    if source.planned:
+        source.model.eval()
+        return source
     try:
         source.model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
@@ -135,6 +151,28 @@ def load(folder: str | Path, **options) -> nn.Module:
     return load_source(str(folder), **options).model
 
 
+def weight_bytes(folder: Path | None) -> int:
+    """The size of the weights in a folder."""
+    kinds = ("*.safetensors", "*.bin", "*.gguf")
+    return sum(path.stat().st_size for kind in kinds for path in folder.glob(kind)) if folder else 0
+
+
+def _bytes(name: str, folder: Path, local: bool, revision: str | None) -> int:
+    found = weight_bytes(folder)
+    return found if found or local else hub_bytes(name, revision)
+
+
+def hub_bytes(name: str, revision: str | None) -> int:
+    """The size of the weights in a Hub repository; 0 where the Hub cannot be asked."""
+    from huggingface_hub import HfApi
+
+    try:
+        files = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=20).siblings or []
+    except Exception:  # no network, no such repository: loading will say so
+        return 0
+    return sum(file.size or 0 for file in files if file.rfilename.endswith((".safetensors", ".bin")))
+
+
 def demo_folder() -> Path:
     """The folder of the demo model."""
     return Path(__file__).parent / DEMO
@@ -146,7 +184,7 @@ def _folder(name: str, revision: str | None) -> tuple[Path, bool]:
         return demo_folder(), True
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not (path / "config.json").is_file() and not is_adapter(path):
             held = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
             raise OrthoactError(f"{name}: expected a checkpoint folder with a config.json, it holds {held}")
         return path, True
@@ -154,7 +192,13 @@ def _folder(name: str, revision: str | None) -> tuple[Path, bool]:
         raise OrthoactError(f"{name}: expected a checkpoint folder, this is a file; give the folder that holds it")
     if not re.fullmatch(r"[\w][\w.-]*(/[\w.-]+)?", name):
         raise OrthoactError(f"{name}: there is no such folder, and it is no Hub id; check the path")
-    return _download(name, revision, ["config.json", *CARRIED]), False
+    return _download(name, revision, ["config.json", "README.md", CONFIG, WEIGHTS, *CARRIED]), False
+
+
+def fetch(name: str, patterns: list[str]) -> Path:
+    """The folder of a model, its files of these patterns downloaded where it is a Hub id."""
+    folder, local = _folder(name, None)
+    return folder if local else _download(name, None, [*patterns, "config.json", CONFIG])
 
 
 def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
@@ -168,7 +212,7 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
             f"{name}: there is no such folder here, and the Hub did not give it ({type(error).__name__}: {why}); "
             f"check the name, the network, HF_HUB_OFFLINE and your token"
         ) from error
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not is_adapter(folder):
         raise OrthoactError(f"{name}: the repository has no config.json; expected a transformers or timm checkpoint")
     return folder
 
@@ -205,7 +249,7 @@ def _timm(name: str, where: str, folder: Path | None, revision: str | None, chan
 
 
 def _transformers(
-    name, recorded, folder, local, config, task, dtype, revision, trust_remote_code, change, scratch
+    name, recorded, folder, local, config, *, task, dtype, revision, trust_remote_code, change, scratch, planned
 ) -> Source:
     import transformers
 
@@ -229,11 +273,14 @@ def _transformers(
         )
     if remote:
         options["trust_remote_code"] = True
-    if scratch:
-        with _readable(name):
-            made = transformers.AutoConfig.from_pretrained(where, **options, **change)
-            build = getattr(cls, "from_config", None) or cls._from_config  # pyright: ignore
-            return Source(build(made, dtype=torch.float32), recorded, "transformers", folder, revision)
+    if scratch or planned:
+        with _readable(name), torch.device("meta" if planned else "cpu"):
+            known = getattr(cls, "config_class", None) or transformers.AutoConfig
+            read = known.from_pretrained(where, **options, **change)
+            make = cls.from_config if hasattr(cls, "from_config") else cls._from_config
+            trusted = {"trust_remote_code": True} if remote else {}
+            precision = torch.float32 if scratch else DTYPES[dtype] if dtype else read.dtype or torch.float32
+            return Source(make(read, dtype=precision, **trusted), recorded, "transformers", folder, revision)
     options |= change
     with _readable(name):
         model, info = cls.from_pretrained(

@@ -16,7 +16,9 @@ from ..interp.domains import Law, Measured
 from ..interp.errors import OrthoactError
 from ..interp.fit import DERIVATIVE_WEIGHT, Fit, fit
 from .audit import Audit, Left, audit
-from .budget import sensitivities, share
+from .budget import sensitivities
+from .budget import share as shared_out
+from .calls import Shared, exposed, hide_
 from .record import attach, detach, put
 from .sites import Site, recognise, survey
 
@@ -48,7 +50,8 @@ class Plan:
         return [
             {"name": s.name, "target": s.target.name}
             | {key: getattr(f, key) for key in kept}
-            | {"parameters": f.parameters * (groups_of(s, self.groups) or 1), "reason": f.reason}
+            | {"parameters": 0 if s.shared else f.parameters * (groups_of(s, self.groups) or 1)}
+            | {"reason": f"shared with {s.shared}" if s.shared else f.reason}
             | _seen(f)
             for s, f in zip(self.sites, self.fits, strict=True)
         ]
@@ -64,7 +67,8 @@ def _seen(fit: Fit) -> dict[str, float]:
     law = fit.domain
     if not isinstance(law, Measured):
         return {}
-    return {"mean": law.mean, "std": law.std, "outside": law.share_outside(fit.lo, fit.hi)}
+    seen = {"mean": law.mean, "std": law.std, "outside": law.share_outside(fit.lo, fit.hi)}
+    return seen | ({"sensitivity": law.sensitivity} if law.rows else {})
 
 
 @dataclass(frozen=True)
@@ -89,13 +93,17 @@ class Conversion:
 
 def inspect_model(model: nn.Module, **choice) -> tuple[list[Site], list[Left]]:
     """The sites that would be converted and everything that would be left; `choice` as in `find_sites`."""
-    found = survey(model, **choice)
-    seen = audit(model, found)
-    if seen.ran:  # an expert may get no token of a short input; anything else that is not called is dead
-        dead = {s.name for s in found if s.name not in seen.calls and "expert" not in s.name}
-        found = [replace(s, left=s.left or "never called in a forward pass") if s.name in dead else s for s in found]
+    return examine(model, **choice)[:2]
+
+
+def examine(model: nn.Module, **choice) -> tuple[list[Site], list[Left], Audit]:
+    """`inspect_model` with what the audit saw."""
+    with exposed(model):
+        found = survey(model, **choice)
+        seen = audit(model, found)
+    found = [replace(s, left=s.left or "never called in a forward pass") if s.name in seen.dead else s for s in found]
     sites = [replace(s, channel=seen.channels.get(s.name), width=seen.widths.get(s.name)) for s in found if not s.left]
-    return sites, _left(found, seen)
+    return sites, _left(found, seen), seen
 
 
 def _left(found: list[Site], seen: Audit) -> list[Left]:
@@ -118,6 +126,7 @@ def plan(
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     include_heads: bool = False,
+    share: bool = False,
 ) -> Plan:
     """Find the sites of `model` and fit a copy for each; the model is not touched.
 
@@ -125,7 +134,8 @@ def plan(
     and `parameters` shares so many numbers over all sites by how much an error at each costs (see `budget`); with
     either, `family="auto"` chooses among all families. `domains` gives sites laws of their own by name, as `calibrate`
     does; the others have `domain`. `groups` gives each of so many groups of channels numbers of its own, 0 or
-    `per-channel` each channel. The other arguments are those of `orthoact.fit` and `find_sites`. Raises `OrthoactError`
+    `per-channel` each channel. With `share`, sites that have one module keep one activation; else each gets its own, so
+    that each can learn. The other arguments are those of `orthoact.fit` and `find_sites`. Raises `OrthoactError`
     where there is nothing to convert, a weight is not finite, a fit is impossible or the budget too small.
     """
     start = perf_counter()
@@ -153,7 +163,9 @@ def plan(
         raise OrthoactError(f"domains: {sorted(strange)[0]!r} is no site of the model; give the laws of its sites")
     if groups is not None:
         _check_groups(groups, sites)
-    units = [groups_of(site, groups) or 1 for site in sites]
+    names = {site.name for site in sites}
+    own = [site for site in sites if not share or site.shared not in names]
+    units = [groups_of(site, groups) or 1 for site in own]
 
     def make(site: Site) -> Any:
         law = laws[site.name]
@@ -164,16 +176,19 @@ def plan(
         return fit(site.target, degree=degree, domain=law, **options)
 
     made: dict[Any, Any] = {}  # one law and one target are fitted once, however many sites have them
-    for site in sites:
+    for site in own:
         key = (site.key, laws[site.name])
         try:
             made[key] = made[key] if key in made else make(site)
         except OrthoactError as error:
             raise OrthoactError(f"{site.name}: {error}") if domains else error from error
-    fits = [made[site.key, laws[site.name]] for site in sites]
+    fits = [made[site.key, laws[site.name]] for site in own]
     if parameters is not None:
-        weights, how = sensitivities(model, sites, domains or {})
-        fits = share(fits, [weights[s.name] for s in sites], units, parameters, how)
+        weights, how = sensitivities(model, own, domains or {})
+        fits = shared_out(fits, [weights[s.name] for s in own], units, parameters, how)
+    chosen = {site.name: f for site, f in zip(own, fits, strict=True)}
+    sites = [replace(s, shared="") if s in own else s for s in sites]  # what is shared is what the plan shares
+    fits = [chosen.get(s.name) or chosen[s.shared] for s in sites]
     return Plan(tuple(sites), tuple(fits), tuple(left), groups, perf_counter() - start)
 
 
@@ -223,6 +238,11 @@ def convert_(model: nn.Module, plan_: Plan | None = None, **options) -> Conversi
         raise OrthoactError(f"options {', '.join(options)} beside a plan: give them to plan, which has made its choice")
     made = plan_ or plan(model, **options)
     _refuse_converted(model)
+    with exposed(model):
+        return _carry_out(model, made)
+
+
+def _carry_out(model: nn.Module, made: Plan) -> Conversion:
     there = dict(model.named_modules(remove_duplicate=False))
     for site in made.sites:
         old = recognise(site.name, there[site.name]) if site.name in there else None
@@ -234,6 +254,9 @@ def convert_(model: nn.Module, plan_: Plan | None = None, **options) -> Conversi
     activations: dict[str, Activation] = {}
     for site, copy in zip(made.sites, made.fits, strict=True):
         old = model.get_submodule(site.name)
+        if site.shared:
+            activations[site.name] = activations[site.shared]
+            continue
         new = Activation.from_fit(
             copy,
             groups=groups_of(site, made.groups),
@@ -243,7 +266,7 @@ def convert_(model: nn.Module, plan_: Plan | None = None, **options) -> Conversi
         activations[site.name] = new.train(old.training).to(_device(model, site.name))
     spec = attach(model, activations)
     for name, new in activations.items():
-        put(model, name, new)
+        put(model, name, Shared(new) if spec["sites"][name].get("shared") else new)
     return Conversion(made, spec)
 
 
@@ -263,6 +286,10 @@ def revert_(model: nn.Module) -> nn.Module:
         raise OrthoactError(f"the original activation of {lost[0]} is not known: load the base model instead")
     for name, m in found.items():
         put(model, name, m.original)  # pyright: ignore[reportArgumentType]
+    for name, m in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(m, Shared):
+            put(model, name, m.activation.original)  # pyright: ignore[reportArgumentType]
+    hide_(model.modules())
     detach(model)
     return model
 

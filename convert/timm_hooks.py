@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .record import SENTINEL, attach_timm, install
+from .record import SENTINEL, attach_timm, check_tensors, install
 
 
 def register() -> None:
@@ -59,5 +59,7 @@ def orthoact(
             in_chans=kwargs.get("in_chans", 3),
             cache_dir=cache,
         )
+        for name in orthoact["sites"]:
+            check_tensors(name, model.get_submodule(name))  # pyright: ignore[reportArgumentType]
     attach_timm(model, orthoact)
     return model

@@ -7,15 +7,19 @@ clear message says so at import.
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import warnings
 from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ..interp.activation import Activation
 from ..interp.errors import OrthoactError
-from .record import SENTINEL, absent, install, located, missing, seal, unseal
+from .names import CONFIG, METHOD, resolve
+from .record import SENTINEL, absent, check_tensors, holds, install, located, missing, seal, unseal
 
 TESTED = ("5.20", "5.24")
 """First and last minor version of transformers that the tests ran on."""
@@ -112,13 +116,14 @@ def patch_modeling(module: ModuleType) -> None:
                         f"its file is incomplete; convert the model again"
                     )
                 module.awaiting = False
+                check_tensors(next(name for name, m in self.named_modules() if m is module), module)
             module._is_hf_initialized = True  # pyright: ignore[reportArgumentType]
 
         return _initialize_weights
 
     def from_pretrained(old):
-        def from_pretrained(cls, *args, **kwargs):
-            result = old(cls, *args, **kwargs)
+        def from_pretrained(cls, name=None, *args, **kwargs):
+            result = old(cls, known_name(name), *args, **kwargs)
             check_loaded(result[0] if isinstance(result, tuple) else result)
             return result
 
@@ -142,12 +147,90 @@ def patch_modeling(module: ModuleType) -> None:
         _wrap(cls, name, make)
 
 
+def patch_auto(module: ModuleType) -> None:
+    """The classes that choose a class know the demo model by the name that its adapters give it."""
+
+    def from_pretrained(old):
+        def from_pretrained(cls, name=None, *args, **kwargs):
+            base = base_of(name)
+            result = old(cls, known_name(base or name), *args, **kwargs)
+            if base is not None:
+                (result[0] if isinstance(result, tuple) else result).load_adapter(str(name))
+            return result
+
+        return from_pretrained
+
+    classes = [module._BaseAutoModelClass]
+    for cls in classes:  # those that are there already have a copy of the method
+        classes += cls.__subclasses__()
+        if "from_pretrained" in cls.__dict__:
+            _wrap(cls, "from_pretrained", from_pretrained)
+
+
+def patch_adapters(module: ModuleType) -> None:
+    """Transformers' own way of loading adapters leaves those of this package to PEFT and the method's own checks."""
+
+    def load_adapter(old):
+        def load_adapter(self, peft_model_id=None, adapter_name=None, **kwargs):
+            found = _adapter_options(peft_model_id, kwargs)
+            if found is None:
+                return old(self, peft_model_id, adapter_name, **kwargs)
+            from transformers.utils.loading_report import LoadStateDictInfo
+
+            from .adapter import load_into
+
+            trainable = kwargs.get("is_trainable", False)
+            lost = load_into(self, str(peft_model_id), adapter_name or "default", is_trainable=trainable, **found)
+            empty = {f.name: {} if f.name == "conversion_errors" else set() for f in fields(LoadStateDictInfo)}
+            return LoadStateDictInfo(**{**empty, "missing_keys": lost, "error_msgs": []})
+
+        return load_adapter
+
+    _wrap(module.PeftAdapterMixin, "load_adapter", load_adapter)
+
+
+def _adapter_options(name: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """How to download the adapter called `name`, None where it is none of this package."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    if name is None or kwargs.get("peft_config") is not None:
+        return None
+    loading = kwargs.get("load_config")
+    options = {**(getattr(loading, "download_kwargs", None) or {}), **(kwargs.get("adapter_kwargs") or {})}
+    taken = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
+    options = {k: v for k, v in options.items() if k in taken and v is not None and v != ""}
+    file = find_adapter_config_file(str(name), **options)
+    return options if file is not None and _method(file) == METHOD else None
+
+
+def _method(file: str) -> str | None:
+    """The type of the adapter with this configuration."""
+    with open(file, encoding="utf-8") as opened:
+        config = json.load(opened)
+    return config.get("peft_type") if isinstance(config, dict) else None
+
+
+def base_of(name: Any) -> str | None:
+    """The folder of the demo, for a local adapter of it."""
+    file = Path(str(name)) / CONFIG
+    if not isinstance(name, str | Path) or not file.is_file() or _method(str(file)) != METHOD:
+        return None
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    found = resolve(base)
+    return found if found != base else None
+
+
+def known_name(name: Any) -> Any:
+    """The folder of the demo for its name, every other name as it is."""
+    return resolve(name)
+
+
 def check_loaded(model: Any) -> None:
     """Refuse a model whose record could not be applied at all; tell of one where it could only in part."""
     spec = None if absent.get() else getattr(getattr(model, "config", None), SENTINEL, None)
     if not spec:
         return
-    held = sum(isinstance(m, Activation) for m in model.modules())
+    held = len(holds(model))
     name, recorded = type(model).__name__, len(spec["sites"])
     if not held:
         raise OrthoactError(
@@ -160,7 +243,9 @@ def check_loaded(model: Any) -> None:
 
 def check_saveable(model: Any) -> None:
     """Refuse to write a folder whose record and modules disagree: it would load as something else."""
-    has = {name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, Activation)}
+    if getattr(model, "_hf_peft_config_loaded", False):  # it saves its adapter, which has a record of its own
+        return
+    has = holds(model)
     spec = getattr(model.config, SENTINEL, None)
     if not has and not spec:
         return

@@ -11,17 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from math import inf
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .coordinates import transform
-from .domains import Gaussian
+from . import curve, engine
 from .errors import OrthoactError
 from .families import get_family
-from .fit import DERIVATIVE_WEIGHT, TAILS, Fit, variance_preserving
+from .family import TAILS
+
+if TYPE_CHECKING:
+    from .domains import Law
+    from .fit import Fit
 
 TENSORS = ("theta", "start", "transform", "location", "scale", "lo", "hi", "jumps")
 """Every tensor of an `Activation` in a file; all are needed to evaluate it."""
@@ -76,7 +80,8 @@ class Activation(nn.Module):
         if groups is not None and channel is None:
             raise OrthoactError(f"groups {groups}: expected the axis that counts the channels, got none")
         self.degree, self.tails, self.groups, self.channel, self.target = degree, tails, groups, channel, target
-        self.domain, self.derivative_weight = Gaussian(), DERIVATIVE_WEIGHT  # of the fit: what a fresh start needs
+        self.domain: Law | None = None  # of the fit, with its derivative weight: what a fresh start needs
+        self.derivative_weight: float | None = None
         self.bypass = False
         self.awaiting = False  # rebuilt on the meta device: its tensors must come from a file
         self._original = [original]  # in a list: not a child, so that it is in no state dict
@@ -87,6 +92,9 @@ class Activation(nn.Module):
         for name, value in (("location", 0.0), ("scale", 1.0), ("lo", -1.0), ("hi", 1.0)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32))
         self.register_buffer("jumps", torch.zeros(2, dtype=torch.float32))
+        conversion = self.family.conversion(degree)
+        # a constant of family and degree, no buffer: it is in no file, and is never made on the meta device
+        self._conversion = None if conversion is None else torch.from_numpy(conversion)
 
     @classmethod
     def from_fit(
@@ -123,11 +131,15 @@ class Activation(nn.Module):
         >>> round((act(x) ** 2).mean().item(), 2)
         1.0
         """
+        from .fit import variance_preserving
+
         return cls.from_fit(variance_preserving(family, degree), groups=groups, channel=channel)
 
     @torch.no_grad()
     def load_fit(self, fit: Fit) -> None:
         """Start afresh from `fit`, which has this activation's family, degree and tails."""
+        from .coordinates import transform
+
         self.domain, self.derivative_weight = fit.domain, fit.derivative_weight
         values = {
             "theta": torch.zeros_like(self.theta),
@@ -142,12 +154,13 @@ class Activation(nn.Module):
         if self.tails == "linear":  # the tails' slopes exact at the start, in spite of rounded coefficients
             at = np.array([fit.lo, fit.hi])
             wanted = torch.from_numpy(fit(at)[1]) + torch.tensor(fit.jumps, dtype=torch.float64)
-            slopes = self.core_slopes(list(self.start.unbind(-1)))
-            self.jumps.copy_(wanted - torch.stack(slopes).double())
+            self.jumps.copy_(wanted - self.core_slopes(self.start.double()))
 
-    def core_slopes(self, a: list[Tensor]) -> list[Tensor]:
-        """The core's slopes at lo and hi."""
-        return [self.family.slope(a, (end - self.location) / self.scale) / self.scale for end in (self.lo, self.hi)]
+    def core_slopes(self, a: Tensor) -> Tensor:
+        """The core's slopes at lo and hi for coefficients (n+1,) or (groups, n+1): shape (2,) or (groups, 2)."""
+        scale = self.scale.to(a.dtype)
+        at = (torch.stack([self.lo, self.hi]).to(a.dtype) - self.location.to(a.dtype)) / scale
+        return self.family.slope(list(a.unsqueeze(-1).unbind(-2)), at) / scale
 
     @property
     def coefficients(self) -> Tensor:
@@ -174,37 +187,42 @@ class Activation(nn.Module):
         if self.bypass:
             assert self.original is not None
             return self.original(input)
-        x = input.to(torch.promote_types(input.dtype, torch.float32))
-        a = self.coefficients
         if self.groups is not None:
-            a = self.per_channel(a, x)
-        if self.tails == "none":
-            return self.family.evaluate(list(a.to(x.dtype).unbind(-1)), (x - self.location) / self.scale).to(
-                input.dtype
-            )
-        # in float32 for every input, as where the jumps were made
-        slopes = self.core_slopes(list(a.unbind(-1)))
-        ends = [(slope + jump).to(x.dtype) for slope, jump in zip(slopes, self.jumps, strict=True)]
-        a = a.to(x.dtype)
-        # not clamp, whose slope at a tie is a half: at a joint the slope is that of the core
-        inside = torch.where(x < self.lo, self.lo, torch.where(x > self.hi, self.hi, x))
-        core = self.family.evaluate(list(a.unbind(-1)), (inside - self.location) / self.scale)
-        return (core - ends[0] * F.relu(self.lo - x) + ends[1] * F.relu(x - self.hi)).to(input.dtype)
+            self._check_groups(input)
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        numbers, frame = self.numbers(dtype)
+        run = curve.plain if curve.is_whole(input) else curve.Curve.apply
+        return run(input, numbers, frame, self.family, self.groups, self.channel)
 
-    def per_channel(self, a: Tensor, x: Tensor) -> Tensor:
-        """Coefficients (groups, n+1) spread over the channels of x: (channels, 1, ..., n+1)."""
-        assert self.channel is not None
-        width, groups = x.shape[self.channel], a.shape[0]
-        if width % groups:
+    def numbers(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What `curve` takes: the core's numbers and the slopes outwards of the tails, and the joints and the unit.
+
+        In float64, and then rounded: the conversion has large entries; and autocast leaves it alone.
+        """
+        wide = torch.float64
+        a = self.start.to(wide) + self.theta.to(wide) @ self.transform.to(wide).mT
+        core = a if self._conversion is None else a @ self._conversion.to(a.device).mT
+        if self.tails == "linear":
+            slopes = self.core_slopes(a) + self.jumps.to(wide)
+            ends, joints = [-slopes[..., :1], slopes[..., 1:]], [self.lo.to(wide), self.hi.to(wide)]
+        else:
+            ends, joints = [a.new_zeros(*a.shape[:-1], 2)], [a.new_tensor(-inf), a.new_tensor(inf)]
+        unit = 1 / self.scale.to(wide)
+        frame = torch.stack([*joints, unit, -self.location.to(wide) * unit])
+        return torch.cat([core, *ends], dim=-1).to(dtype), frame.to(dtype)
+
+    def _check_groups(self, x: Tensor) -> None:
+        assert self.groups is not None and self.channel is not None
+        width = x.shape[self.channel]
+        if width % self.groups:
             raise OrthoactError(
-                f"groups {groups}: expected a divisor of the {width} channels of an input {tuple(x.shape)}"
+                f"groups {self.groups}: expected a divisor of the {width} channels of an input {tuple(x.shape)}"
             )
-        trailing = x.dim() - 1 - self.channel % x.dim()
-        return a.repeat_interleave(width // groups, dim=0).reshape(width, *[1] * trailing, a.shape[-1])
 
     def extra_repr(self) -> str:
         groups = "" if self.groups is None else f", groups={self.groups}, channel={self.channel}"
-        return f"{self.target} as {self.family.name}, degree={self.degree}, tails={self.tails}{groups}"
+        how = f"degree={self.degree}, tails={self.tails}{groups}, path={engine.get_path()}"
+        return f"{self.target} as {self.family.name}, {how}"
 
     def _apply(self, fn, recurse=True):
         def keep_dtype(tensor: Tensor) -> Tensor:

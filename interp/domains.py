@@ -257,19 +257,28 @@ class Measured(Law):
         }
 
     def histogram(self, cells: int = 64) -> dict[str, Any]:
-        """The law in so many cells between its outermost inputs, for a report: density, and sensitivity per cell."""
+        """The law in so many cells over its central 99.9 %, for a report: shares of density and of sensitivity.
+
+        `least` and `greatest` are the outermost inputs, to the width of a bin.
+        """
         self._check()
         edges = _edges()
         seen = np.flatnonzero(self.counts[1:-1])
-        borders = np.linspace(edges[seen[0]], edges[seen[-1] + 1], cells + 1)
+        least, greatest = edges[seen[0]], edges[seen[-1] + 1]
+        held = np.cumsum(self.counts)[:-1] / self.count
+        low, high = (edges[min(np.searchsorted(held, q), len(edges) - 1)] for q in (5e-4, 1 - 5e-4))
+        room = 0.1 * (high - low)
+        borders = np.linspace(max(least, low - room), min(greatest, high + room), cells + 1)
 
         def share(bins: np.ndarray) -> list[float]:
             mass = np.diff(np.interp(borders, edges, np.cumsum(bins[:-1])))
-            return [float(f"{v:.3g}") for v in mass / (mass.sum() or 1.0)]
+            return [float(f"{v:.3g}") for v in mass / (bins.sum() or 1.0)]
 
         return {
             "low": float(borders[0]),
             "high": float(borders[-1]),
+            "least": float(least),
+            "greatest": float(greatest),
             "density": share(self.counts),
             "sensitivity": share(self.squares),
         }

@@ -7,10 +7,19 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 from .variance import Moments, moments
 
 Array = Any  # a numpy array or a torch tensor: the formulas below are written once for both
+
+TAILS = ("linear", "none")
+"""How a core is continued beyond its joints."""
+
+
+def fma(a: Array, b: Array, c: Array) -> Array:
+    """The sum a b + c, for tensors in one operation."""
+    return torch.addcmul(c, a, b) if torch.is_tensor(c) and torch.is_tensor(a) and torch.is_tensor(b) else a * b + c
 
 
 class Family(ABC):
@@ -52,6 +61,26 @@ class Family(ABC):
     @abstractmethod
     def jacobian(self, parameters: list[Array], z: Array) -> tuple[list[Array], list[Array]]:
         """The derivatives of S and of S' at `z` with respect to each learnable number, each with the shape of `z`."""
+
+    def conversion(self, degree: int) -> np.ndarray | None:
+        """The matrix from the learnable numbers to those that the next three methods take; None: they are the same.
+
+        A family that has a cheaper form to evaluate than `evaluate` overrides these four. The first of the numbers
+        that `value` takes come first; `value_slope` may have others of its own behind them.
+        """
+        return None
+
+    def value(self, numbers: list[Array], z: Array) -> Array:
+        """S at `z`."""
+        return self.evaluate(numbers, z)
+
+    def value_slope(self, numbers: list[Array], z: Array) -> Array:
+        """S' at `z`."""
+        return self.slope(numbers, z)
+
+    def value_parts(self, numbers: list[Array], z: Array) -> list[Array]:
+        """The derivatives of `value` by each number that it takes."""
+        return self.jacobian(numbers, z)[0]
 
     @abstractmethod
     def variance_preserving(self, degree: int) -> list[float]:
@@ -122,6 +151,34 @@ class Separable(Family):
     def starts(self, degree: int, z: np.ndarray, w: np.ndarray, f: np.ndarray) -> list[list[float]]:
         """Shapes to start the search from, for values `f` with weights `w` at `z` in the core; deterministic."""
 
+    def columns(self, shape: np.ndarray, z: np.ndarray, linear: int) -> tuple[np.ndarray, np.ndarray]:
+        r"""The basis $\phi_k$ and its slopes, (starts, points, k), for shapes (starts, numbers) and z (starts, points).
+
+        What the search calls most: a family may have a faster one.
+        """
+        values, slopes = self.jacobian([0.0] * linear + _columns(shape), z)
+        return _stack(values[:linear], z), _stack(slopes[:linear], z)
+
+    def turns(self, numbers: np.ndarray, shape: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The derivatives of S and S' by the shape, (starts, points, numbers), likewise."""
+        values, slopes = self.jacobian(_columns(numbers) + _columns(shape), z)
+        linear = numbers.shape[1]
+        return _stack(values[linear:], z), _stack(slopes[linear:], z)
+
+    def relaxed(self) -> Separable | None:
+        """A smoother family that holds most of the best members of this one, to be searched before it."""
+        return None
+
+    def sound(self, shape: np.ndarray, z: np.ndarray) -> np.ndarray:
+        """Whether a shape can be used on all of `z`, likewise."""
+        return np.ones(len(z), dtype=bool)
+
+    def settle(
+        self, shape: list[float], location: float, scale: float, lo: float, hi: float
+    ) -> tuple[list[float], float, float]:
+        """Shape, location and scale in this family of a member of the relaxed one on a core from `lo` to `hi`."""
+        raise NotImplementedError
+
 
 class Piecewise(Family):
     """A continuous, piecewise straight function with at most `degree` kinks: the solver finds the kinks."""
@@ -132,3 +189,11 @@ class Piecewise(Family):
     @abstractmethod
     def from_kinks(self, start: tuple[float, float], kinks: np.ndarray, jumps: np.ndarray) -> list[float]:
         """The numbers of the function with the line `start` (slope, intercept) at -inf and these jumps of its slope."""
+
+
+def _columns(numbers: np.ndarray) -> list[np.ndarray]:
+    return [numbers[:, j : j + 1] for j in range(numbers.shape[1])]
+
+
+def _stack(parts: list, z: np.ndarray) -> np.ndarray:
+    return np.stack([np.broadcast_to(part, z.shape) for part in parts], axis=-1)

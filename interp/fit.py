@@ -21,14 +21,13 @@ from torch import Tensor
 from .domains import Gaussian, Law
 from .errors import OrthoactError
 from .families import get_family
-from .family import Family, Linear, Piecewise, Separable
+from .family import TAILS, Family, Linear, Piecewise, Separable
 from .joints import search_joints
 from .kinks import search_kinks
 from .problem import Problem, Side
-from .projection import ROUNDING, search
+from .race import ROUNDING
+from .shapes import search_shapes
 from .targets import Target, get_target
-
-TAILS = ("linear", "none")
 
 POOR = 0.05
 """The error, as a share of the target's root mean square, from which the reason of a fit says so."""
@@ -69,6 +68,8 @@ class Fit:
     """Root mean square of F - f under the law."""
     slope_rms: float
     """Root mean square of F' - f' under the law."""
+    share: float
+    """`value_rms` as a share of the target's own root mean square under the law."""
     value_max: float
     """Largest |F - f| on [-20, 20] and mean +- 9 std; without tails on mean +- 4 std."""
     slope_max: float
@@ -88,6 +89,11 @@ class Fit:
     def parameters(self) -> int:
         """Number of learnable numbers."""
         return len(self.coefficients)
+
+    @property
+    def poor(self) -> bool:
+        """Whether the copy is one in name only: its error is more than `POOR` of the target."""
+        return self.share > POOR
 
     def __call__(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Values and slopes of the copy at `x`, in float64: the reference that the module is tested against."""
@@ -151,6 +157,7 @@ def variance_preserving(family: str = "hermite", degree: int = 3) -> Fit:
         jumps=(0.0, 0.0),
         value_rms=0.0,
         slope_rms=0.0,
+        share=0.0,
         value_max=0.0,
         slope_max=0.0,
         objective=0.0,
@@ -185,7 +192,7 @@ def _solve(p: Problem) -> Fit:
     else:
         lo, hi, location, scale = -inf, inf, p.domain.mean, p.domain.std
         if isinstance(family, Separable):
-            found = search(p, sides)
+            found = search_shapes(p, sides)
             shape, lo, hi = found.shape, found.lo, found.hi
             location, scale, rounding = found.location, found.scale, found.rounding
         elif p.tails == "linear":
@@ -219,6 +226,7 @@ def _solve(p: Problem) -> Fit:
         jumps=(jumps[0], jumps[1]),
         value_rms=0.0,
         slope_rms=0.0,
+        share=0.0,
         value_max=0.0,
         slope_max=0.0,
         objective=0.0,
@@ -250,7 +258,8 @@ def _least_squares(
     core = (p.x >= lo) & (p.x <= hi)
     root = np.sqrt(p.w[core])[:, None]
     basis, slopes = rows(p.x[core])
-    system = np.concatenate([root * basis, np.sqrt(p.weight) * root * slopes, rounding * np.eye(linear)])
+    share = np.linalg.norm(root * basis, axis=0)  # of each number in the copy
+    system = np.concatenate([root * basis, np.sqrt(p.weight) * root * slopes, rounding * np.diag(share)])
     wanted = np.concatenate([root[:, 0] * p.f[core], np.sqrt(p.weight) * root[:, 0] * p.d[core], np.zeros(linear)])
     particular, free = np.zeros(linear), np.eye(linear)
     if p.tails == "linear":
@@ -289,6 +298,7 @@ def _measure(p: Problem, result: Fit) -> Fit:
         reason=reason,
         value_rms=square**0.5,
         slope_rms=slope_square**0.5,
+        share=share,
         value_max=float(sup),
         slope_max=float(slope_sup),
         objective=square + p.weight * slope_square,

@@ -41,6 +41,27 @@ class Fourier(Separable):
     def starts(self, degree, z, w, f) -> list[list[float]]:
         return [[frequency] for frequency in (0.8, 0.5)]
 
+    def frequencies(self, shape: np.ndarray, degree: int) -> np.ndarray:
+        """The frequency of each harmonic, for shapes in rows."""
+        return shape * np.arange(1, degree + 1)
+
+    def columns(self, shape, z, linear):
+        w = self.frequencies(shape, linear // 2)[:, None]
+        angle = w * z[..., None]
+        c, s, one = np.cos(angle), np.sin(angle), np.ones((*z.shape, 1))
+        return np.concatenate([one, c, s], axis=-1), np.concatenate([0 * one, -w * s, w * c], axis=-1)
+
+    def turns(self, numbers, shape, z):
+        n = numbers.shape[1] // 2
+        w, a, b = self.frequencies(shape, n)[:, None], numbers[:, None, 1 : n + 1], numbers[:, None, n + 1 :]
+        angle = w * z[..., None]
+        c, s = np.cos(angle), np.sin(angle)
+        turned = b * c - a * s
+        by_frequency = z[..., None] * turned, turned - w * z[..., None] * (a * c + b * s)
+        if shape.shape[1] == n:
+            return by_frequency
+        return tuple(part @ np.arange(1.0, n + 1)[:, None] for part in by_frequency)
+
     def waves(self, shape: list[Array], z: Array, degree: int) -> tuple[list[Array], list[Array], list[Array]]:
         """Cosines and sines of each harmonic, and its frequency."""
         (frequency,) = shape
@@ -135,6 +156,9 @@ class FreeFourier(Fourier):
         # a frequency near zero makes a straight line, and lets the others lie between the multiples
         lines = [[0.02, *((k + 0.55) * step for k in range(degree - 1))] for step in (0.7, 0.45)]
         return [*multiples, *halves, *lines]
+
+    def frequencies(self, shape, degree):
+        return shape
 
     def waves(self, shape, z, degree):
         angles = [frequency * z for frequency in shape]

@@ -6,6 +6,7 @@ from math import factorial, sqrt
 
 import numpy as np
 
+from . import halving
 from .family import Array, Linear
 from .variance import Moments, balance
 
@@ -59,6 +60,26 @@ class Hermite(Linear):
                 current = current - upper2 * sqrt((k + 1) / (k + 2))
             upper, upper2 = current, upper
         return upper
+
+    def conversion(self, degree: int) -> np.ndarray:
+        """To the numbers of `halving`: n + 1 for the polynomial, n for its slope."""
+        reach = self.reach(degree)
+        both = [(degree + 1, self.basis), (degree, self.slopes)]
+        at = [halving.nodes(size, reach) for size, _ in both]
+        series = [np.stack(of(z, degree), axis=-1) for z, (_, of) in zip(at, both, strict=True)]
+        return np.concatenate([halving.from_series(values, z, reach) for values, z in zip(series, at, strict=True)])
+
+    def value(self, numbers: list[Array], z: Array) -> Array:
+        degree = len(numbers) // 2
+        return halving.evaluate(numbers[: degree + 1], z, self.reach(degree))
+
+    def value_slope(self, numbers: list[Array], z: Array) -> Array:
+        degree = len(numbers) // 2
+        return halving.evaluate(numbers[degree + 1 :], z, self.reach(degree))
+
+    def value_parts(self, numbers: list[Array], z: Array) -> list[Array]:
+        degree = len(numbers) // 2
+        return halving.basis(degree + 1, z, self.reach(degree))
 
     def variance_preserving(self, degree: int) -> list[float]:
         r"""The paper's magnitudes $|a_k| = c$, $a_0^2 = c^2 (1 - 1/n!)$, $c^{-2} = \sum_{k<n} 1/k!$, with other signs.

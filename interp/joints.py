@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
+from itertools import product
 from math import inf, isfinite
 
 import numpy as np
 
-from .family import Linear, Separable
+from .family import Linear
 from .problem import Problem, Side
-from .targets import Line
+
+LOW = 7
+"""The degree up to which all pairs of joints are scanned: one side may be worth more than the other."""
+
+STARTS = 2
+"""How many of them are improved."""
 
 
 def search_joints(p: Problem, sides: tuple[Side, Side]) -> tuple[float, float]:
@@ -18,9 +23,9 @@ def search_joints(p: Problem, sides: tuple[Side, Side]) -> tuple[float, float]:
     fixed = tuple(side.joint for side in sides)
     if fixed[0] is not None and fixed[1] is not None:
         return fixed[0], fixed[1]
-    objective = Objective(p, sides).of()
+    objective = Objective(p, sides)
     centre, spread = p.bend()
-    symmetric = p.is_symmetric() and p.degree > 3  # at low degrees one side may be worth more than the other
+    symmetric = p.is_symmetric() and p.degree > LOW
     if symmetric:
         centre = p.domain.mean
     least, most = p.ends
@@ -47,6 +52,14 @@ def search_joints(p: Problem, sides: tuple[Side, Side]) -> tuple[float, float]:
         radius = radii[best]
         radii = np.linspace(radii[max(best - 1, 0)], radii[min(best + 1, len(radii) - 1)], 9)
     lo, hi = (float(side[0]) for side in joints(np.array([radius])))
+    if p.degree <= LOW and not symmetric and not exact and fixed == (None, None):
+        pairs = np.array(list(product(np.geomspace(0.3, 8, 14) * spread, repeat=2)))
+        pairs = np.clip(centre + pairs * [-1, 1], least, most)
+        values = objective(*pairs.T)
+        ends = [pattern_search(p, objective, lo, hi, fixed, value)]
+        for i in np.argsort(values, kind="stable")[:STARTS]:  # finite: so is that of the scan
+            ends.append(pattern_search(p, objective, *pairs[i].tolist(), fixed, float(values[i])))
+        return ends[int(np.argmin(objective(*np.array(ends).T)))]
     if not symmetric and not exact:
         lo, hi = pattern_search(p, objective, lo, hi, fixed, value)
     return lo, hi
@@ -73,7 +86,7 @@ def pattern_search(p: Problem, objective, lo, hi, fixed, value) -> tuple[float, 
 
 
 class Objective:
-    """J at many pairs of joints at once, for a family that is linear or made so by a given shape.
+    """J at many pairs of joints at once.
 
     The core of each pair is mapped to the same |z| <= reach, where Gauss-Legendre nodes, the basis and the equalities
     are the same for all; a pair changes only weights, targets and the unit of a slope. J is summed from squares.
@@ -82,24 +95,13 @@ class Objective:
     def __init__(self, samples: Problem, sides: tuple[Side, Side]):
         self.samples, self.sides = samples, sides
         p, family = samples, samples.family
-        assert isinstance(family, Linear | Separable)
+        assert isinstance(family, Linear)
         self.reach = family.reach(samples.degree)
         self.t, self.gauss = _legendre()
         self.step = p.step
-        self.cells = np.append(p.x - self.step / 2, p.x[-1] + self.step / 2)
-        self.tails = [
-            None if side.line is None else self.running(side.line, left)
-            for side, left in zip(sides, (1, 0), strict=True)
-        ]
-
-    def of(self, shape: Sequence[float] = ()) -> Objective:
-        """The same with the basis of a shape."""
-        p, family = self.samples, self.samples.family
-        assert isinstance(family, Linear | Separable)
         z = np.concatenate([self.reach * self.t, [-self.reach, self.reach]])
-        linear = family.size(p.degree) - len(shape)
-        parts = family.jacobian([0.0] * linear + list(shape), z)
-        values, slopes = (np.stack(part[:linear], axis=-1) for part in parts)
+        values = np.stack(family.basis(z, p.degree), axis=-1)
+        slopes = np.stack(family.slopes(z, p.degree), axis=-1)
         self.values, self.slopes = values[:-2], slopes[:-2]
         self.squares = np.concatenate(
             [(b[:, :, None] * b[:, None]).reshape(len(b), -1) for b in (self.values, self.slopes)]
@@ -109,25 +111,6 @@ class Objective:
         rank = int((size > 1e-10 * size[0]).sum())
         self.equalities = u, size[:rank], vt[:rank]
         self.free = vt[rank:].T
-        return self
-
-    def running(self, line: Line, left: int) -> np.ndarray:
-        """The share of J in a straight tail that ends at each border of the nodes' cells, summed from outside."""
-        p = self.samples
-        error = p.w * ((p.f - line[0] * p.x - line[1]) ** 2 + p.weight * (p.d - line[0]) ** 2)
-        if left:
-            return np.append(0.0, np.cumsum(error))
-        return np.append(0.0, np.cumsum(error[::-1]))[::-1]
-
-    def tail(self, i: int, joint: np.ndarray) -> np.ndarray:
-        """The share of J in the left (0) or right (1) tail for each joint."""
-        p, tail = self.samples, self.tails[i]
-        if tail is not None:
-            return np.interp(joint, self.cells, tail)
-        value, slope = p.target(joint)  # the tail takes the target's value and slope at the joint
-        gap = value[:, None] + slope[:, None] * (p.x - joint[:, None]) - p.f
-        outside = p.x < joint[:, None] if i == 0 else p.x > joint[:, None]
-        return (outside * (gap**2 + p.weight * (slope[:, None] - p.d) ** 2)) @ p.w
 
     def __call__(self, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
         p, weight = self.samples, self.samples.weight
@@ -140,11 +123,8 @@ class Objective:
         w = np.interp(x, p.x, p.w) / self.step * half * self.gauss
         tails, wanted = np.zeros(len(lo)), []
         for i, (side, joint) in enumerate(zip(self.sides, (lo, hi), strict=True)):
-            if side.line is not None:
-                value, slope = side.line[0] * joint + side.line[1], np.full_like(joint, side.line[0])
-            else:
-                value, slope = p.target(joint)
-            tails += self.tail(i, joint)
+            value, slope = p.ask(side, joint)
+            tails += p.tail(i, side.line, joint)
             wanted += [value, slope * unit[:, 0]][: side.equalities]
         u, size, rows = self.equalities
         target = np.stack(wanted, axis=1)

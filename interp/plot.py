@@ -1,4 +1,4 @@
-"""Pictures of a fit."""
+"""Pictures of a fit: a file, or a sketch of characters for a terminal."""
 
 from __future__ import annotations
 
@@ -12,31 +12,117 @@ from .targets import Target
 
 FORMATS = (".png", ".svg", ".pdf")
 
+INK, SOFT, TARGET, COPY, SLOPE = "#1b1d21", "#5d636d", "#b4b9c1", "#0067a5", "#c2510a"
+"""The colours of the report: told apart by people who see few colours, and in grey."""
+
+
+def check_format(path: str | Path) -> None:
+    """Raise `OrthoactError` for a file name that ends otherwise than `FORMATS`."""
+    if Path(path).suffix.lower() not in FORMATS:
+        raise OrthoactError(f"--plot {path}: expected a name that ends in {', '.join(FORMATS)}")
+
 
 def plot_fit(fit: Fit, target: Target, path: str | Path) -> None:
-    """Draw target, copy and joints, and the errors of value and slope below; the format is that of the file's name."""
+    """Draw target and copy over the law of the inputs, and below them the errors; the file's name gives the format.
+
+    Raises `OrthoactError` for a name that ends otherwise than `FORMATS`.
+    """
     path = Path(path)
-    if path.suffix.lower() not in FORMATS:
-        raise OrthoactError(f"--plot {path}: expected a name that ends in {', '.join(FORMATS)}")
+    check_format(path)
+    import matplotlib
     from matplotlib.figure import Figure
 
+    x, value, slope, wanted, wanted_slope = _sampled(fit, target, 1001)
+    with matplotlib.rc_context({"svg.hashsalt": "orthoact", "font.size": 10, "axes.edgecolor": SOFT}):
+        figure = Figure(figsize=(7.5, 6.5), layout="constrained", dpi=150)
+        top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(5, 2, 2))
+        top.plot(x, wanted, color=TARGET, linewidth=6, solid_capstyle="round", label=fit.target)
+        top.plot(x, value, color=COPY, linewidth=1.8, label=f"{fit.family} {fit.degree}, {fit.parameters} numbers")
+        nodes, weights = fit.domain.nodes()
+        density = weights / weights.max() * 0.35 * np.ptp(top.get_ylim())
+        seen = (nodes >= x[0]) & (nodes <= x[-1])
+        foot = top.get_ylim()[0]
+        top.fill_between(nodes[seen], foot, foot + density[seen], color=TARGET, alpha=0.35, linewidth=0, label="inputs")
+        top.set_ylim(foot, top.get_ylim()[1])
+        middle.plot(x, value - wanted, color=COPY, linewidth=1.4)
+        middle.set_ylabel("value error")
+        bottom.plot(x, slope - wanted_slope, color=SLOPE, linewidth=1.4)
+        bottom.set_ylabel("slope error")
+        for axes in (top, middle, bottom):
+            if np.isfinite([fit.lo, fit.hi]).all():
+                axes.axvspan(fit.lo, fit.hi, color="#f0f1f2", zorder=0, linewidth=0)
+            axes.axhline(0, color="#d8dade", linewidth=0.8, zorder=0.5)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.tick_params(colors=SOFT)
+            axes.margins(x=0)
+        top.legend(frameon=False, loc="upper left")
+        top.set_title(
+            f"{fit.target} as {fit.family} {fit.degree}: error {fit.value_rms:.2g} of the value, "
+            f"{fit.slope_rms:.2g} of the slope (root mean square)",
+            loc="left", fontsize=10, color=INK,
+        )  # fmt: skip
+        figure.align_ylabels()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        undated = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}[path.suffix.lower()]
+        figure.savefig(path, metadata=undated)
+
+
+def sketch(fit: Fit, target: Target, width: int = 72) -> str:
+    """The copy and its error as lines of braille characters, `width` wide with the numbers beside them.
+
+    >>> from .fit import fit
+    >>> from .targets import get_target
+    >>> lines = sketch(fit("relu"), get_target("relu"), width=40).splitlines()
+    >>> max(len(line) for line in lines) <= 40
+    True
+    """
+    columns = width - 10
+    x, value, _, wanted, _ = _sampled(fit, target, 2 * columns)
+    lines = _panel(value, 10, "")
+    lines += _panel(value - wanted, 4, "error")
+    marks = [" "] * columns
+    for at in (x[0], fit.lo, 0.0, fit.hi, x[-1]):
+        if np.isfinite(at) and x[0] <= at <= x[-1]:
+            text = f"{at:.3g}"
+            place = round((at - x[0]) / (x[-1] - x[0]) * (columns - 1))
+            first = min(max(place - len(text) // 2, 0), columns - len(text))
+            if all(c == " " for c in marks[max(first - 1, 0) : first + len(text) + 1]):
+                marks[first : first + len(text)] = text
+    return "\n".join([*lines, " " * 10 + "".join(marks)])
+
+
+def _sampled(fit: Fit, target: Target, count: int) -> tuple[np.ndarray, ...]:
+    """Abscissae over the core and what lies about it; values and slopes of the copy, then of the target."""
     ends = [end for end in (fit.lo, fit.hi) if np.isfinite(end)]
-    reach = 1.4 * max([4.0 * fit.domain.std + abs(fit.domain.mean), *map(abs, ends)])
-    x = np.linspace(-reach, reach, 1001)
-    value, slope = fit(x)
-    wanted, wanted_slope = target(x)
-    figure = Figure(figsize=(7, 6), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    top.plot(x, wanted, color="0.6", linewidth=5, label=fit.target)
-    top.plot(x, value, color="tab:blue", label=f"{fit.family} {fit.degree}")
-    top.legend()
-    bottom.plot(x, value - wanted, color="tab:blue", label="value error")
-    bottom.plot(x, slope - wanted_slope, color="tab:orange", label="slope error")
-    bottom.axhline(0, color="0.8", zorder=0)
-    bottom.legend()
-    for axes in (top, bottom):
-        for end in ends:
-            axes.axvline(end, color="0.8", linestyle=":", zorder=0)
-    bottom.set_xlabel(f"x  (value RMS {fit.value_rms:.2e}, slope RMS {fit.slope_rms:.2e})")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    if ends:  # tails: what is beyond goes on straight
+        middle, half = (fit.lo + fit.hi) / 2, max(0.75 * (fit.hi - fit.lo), 3.5 * fit.domain.std)
+    else:
+        middle, half = fit.domain.mean, 4.0 * fit.domain.std
+    x = np.linspace(middle - half, middle + half, count)
+    return x, *fit(x), *target(x)
+
+
+DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
+"""The bit of each dot of a braille character, row by row."""
+
+
+def _panel(values: np.ndarray, rows: int, title: str) -> list[str]:
+    low, high = float(values.min()), float(values.max())
+    room = (high - low) or 1.0
+    heights = np.round((values - low) / room * (4 * rows - 1)).astype(int)
+    cells = np.zeros((rows, len(values) // 2), dtype=int)
+    last = heights[0]
+    for i, height in enumerate(heights):
+        a, b = sorted((last + (1 if height > last else -1 if height < last else 0), height))
+        for h in range(a, b + 1):  # no gap where it is steep
+            row, dot = divmod(4 * rows - 1 - h, 4)
+            cells[row, i // 2] |= DOTS[dot][i % 2]
+        last = height
+    left = [""] * rows
+    left[0], left[-1] = (f"{0.0 if abs(v) < 1e-9 * room else v:.2g}" for v in (high, low))
+    if title:
+        left[rows // 2] = title
+    return [
+        f"{text:>9} " + "".join(chr(0x2800 + c) if c else " " for c in row)
+        for text, row in zip(left, cells, strict=True)
+    ]

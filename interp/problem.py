@@ -42,7 +42,9 @@ class Problem:
         self.law = w
         self.x, self.w = x, np.where(self.smooth(x), w, 0.0)
         self.step = x[1] - x[0]
-        self.ends = x[0] - self.step / 2, x[-1] + self.step / 2
+        self.cells = np.append(x - self.step / 2, x[-1] + self.step / 2)
+        self.ends = self.cells[0], self.cells[-1]
+        self.sums: dict[tuple[int, Line], np.ndarray] = {}
         far = np.linspace(-20, 20, 401) if tails == "linear" else np.linspace(*self.four_deviations(), 401)
         far = far[self.smooth(far)]
         values, slopes = target(np.concatenate([self.x, far]))
@@ -108,10 +110,35 @@ class Problem:
 
     def wanted(self, joint: float, side: Side) -> tuple[float, float]:
         """Value and slope that the core shall have at a joint."""
-        if side.line is not None:
-            return side.line[0] * joint + side.line[1], side.line[0]
-        value, slope = self.target(np.array([joint]))
+        value, slope = self.ask(side, np.array([joint]))
         return float(value[0]), float(slope[0])
+
+    def ask(self, side: Side, joints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values and slopes that the core shall have at each of the joints."""
+        if side.line is not None:
+            return side.line[0] * joints + side.line[1], np.full_like(joints, side.line[0])
+        return self.target(joints)
+
+    def curvature(self, x: np.ndarray) -> np.ndarray:
+        """The target's second derivative at `x`, by differences."""
+        return np.interp(x, (self.x[1:] + self.x[:-1]) / 2, np.diff(self.d) / self.step)
+
+    def tail(self, i: int, line: Line | None, joint: np.ndarray) -> np.ndarray:
+        """The share of J in the left (0) or right (1) tail for each joint."""
+        if line is not None:
+            return np.interp(joint, self.cells, self.running(i, line))
+        value, slope = self.target(joint)  # the tail takes the target's value and slope at the joint
+        gap = value[:, None] + slope[:, None] * (self.x - joint[:, None]) - self.f
+        outside = self.x < joint[:, None] if i == 0 else self.x > joint[:, None]
+        return (outside * (gap**2 + self.weight * (slope[:, None] - self.d) ** 2)) @ self.w
+
+    def running(self, i: int, line: Line) -> np.ndarray:
+        """The share of J in a straight tail that ends at each border of the nodes' cells, summed from outside."""
+        if (i, line) not in self.sums:
+            error = self.w * ((self.f - line[0] * self.x - line[1]) ** 2 + self.weight * (self.d - line[0]) ** 2)
+            order = slice(None, None, -1 if i else 1)
+            self.sums[i, line] = np.append(0.0, np.cumsum(error[order]))[order]
+        return self.sums[i, line]
 
     def cannot_meet(self) -> OrthoactError:
         """What to say where the equalities at the joints cannot be satisfied."""

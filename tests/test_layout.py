@@ -124,7 +124,7 @@ def test_an_untested_version_is_told():
 WHEEL = {
     "orthoact": {"__init__.py", "__main__.py", "_version.py", "cli.py", "py.typed"},
     "orthoact/interp": {p.name for p in (ROOT / "interp").glob("*.py")},
-    "orthoact/convert": {p.name for p in (ROOT / "convert").glob("*.py")},
+    "orthoact/convert": {p.name for p in (ROOT / "convert").glob("*.*")},
     "orthoact/finetune": {p.name for p in (ROOT / "finetune").glob("*.py")},
     "orthoact/recipes": {p.name for p in (ROOT / "recipes").glob("*.yaml")},
     "orthoact/convert/demo": {

@@ -144,5 +144,5 @@ def test_bad_groups(groups, words):
 
 
 def test_groups_need_to_know_the_channels():
-    with pytest.raises(OrthoactError, match="channel axis of 1 is not known"):
-        plan(net(), groups=2)
+    with pytest.raises(OrthoactError, match="channel axis of 0 is not known"):
+        plan(nn.Sequential(nn.GELU()), groups=2)

@@ -47,7 +47,9 @@ def test_convert_by_id(orthoact_on, tmp_path):
     report = json.loads(orthoact_on("convert", "tester/demo", "--family", "hermite", "--json").stdout)
     assert report["output"] == "demo-hermite" and len(report["sites"]) == 6
     held = json.loads((tmp_path / "demo-hermite" / "orthoact.json").read_text())
-    assert held["base"] == {"model": "tester/demo", "revision": None, "library": "transformers"}
+    base = held["base"]
+    assert (base["model"], base["revision"], base["library"]) == ("tester/demo", None, "transformers")
+    assert base["card"]["license"] == "apache-2.0"
     assert (tmp_path / "demo-hermite" / "tokenizer.json").read_bytes() == (
         demo_folder() / "tokenizer.json"
     ).read_bytes()

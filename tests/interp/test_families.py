@@ -245,6 +245,44 @@ def test_starts_are_shapes_and_always_the_same(family, degree):
     assert starts == family.starts(degree, z, w, f)
 
 
+@over(Separable)
+def test_what_the_search_calls_equals_the_jacobian(family, degree):
+    """For several shapes at once, by the fast way of the family; and a smoother family that holds its members."""
+    linear, z = family.size(degree) - family.shape(degree), core(family, degree)
+    p = np.abs(numbers(family, degree, 3).T)
+    for one in (family, family.relaxed()):
+        if one is None:
+            continue
+        basis, turns = (
+            one.columns(p[:, linear:], np.tile(z, (3, 1)), linear),
+            one.turns(*np.split(p, [linear], 1), z[None]),
+        )
+        for row, of_p in enumerate(p):
+            for got, also, parts in zip(basis, turns, one.jacobian(of_p.tolist(), z), strict=True):
+                wanted = np.stack(np.broadcast_arrays(*parts), axis=-1)
+                bound = 1e-10 * (1 + np.abs(wanted).max())
+                close(got[row], wanted[:, :linear], bound)
+                close(also[row], wanted[:, linear:], bound)
+
+
+@pytest.mark.parametrize("degree", [2, 3, 5, 8])
+def test_a_quotient_without_a_pole_is_a_rational(degree):
+    """Seen from where its denominator is least, wherever that is: 1 + |Q| is then 1 + Q, up to a factor."""
+    family, lo, hi = get_family("rational"), -3.0, 5.0
+    quotient = family.relaxed()
+    x = np.linspace(lo, hi, 400)
+    for seed in range(20):
+        random = np.random.default_rng(seed)
+        shape = random.normal(size=degree - 1) * 0.7
+        d = quotient.parts(shape[None], ((x - 1) / 4)[None])[0][0]
+        if d.min() < 0.05:
+            continue
+        new, location, scale = family.settle(shape.tolist(), 1.0, 4.0, lo, hi)
+        got = 1 + np.abs(np.polynomial.polynomial.polyval((x - location) / scale, [0.0, *new]))
+        assert got.min() >= 1 and np.abs((x - location) / scale).max() <= 1 + 1e-6
+        close(got / got.mean(), d / d.mean(), 1e-5 * (d / d.mean()).max())
+
+
 def lines(start, kinks, jumps) -> list[tuple[float, float]]:
     """(slope, intercept) of each piece of start + sum_i jump_i max(z - kink_i, 0), from left to right."""
     found = [tuple(start)]

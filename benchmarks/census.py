@@ -1,0 +1,483 @@
+"""The census: every model type of transformers and every architecture of timm, audited, converted and reloaded.
+
+    python benchmarks/census.py run [--only GLOB] [--again]   # resumable: rows are appended to census.jsonl
+    python benchmarks/census.py table                         # writes census.md from census.jsonl
+
+For each model the audit tells the sites (with `--include-heads`), what is left and why. Every model that fits into
+memory and takes a made-up input also makes the round trip: convert, save, reload bit-equal, see the output change when
+each site is perturbed, fail where orthoact is absent. Of timm, the smallest architecture of each source file does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import fnmatch
+import io
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROWS, TABLE = HERE / "census.jsonl", HERE / "census.md"
+LIMIT = 60_000_000
+"""Numbers of a model that is built in memory; larger ones stay on the meta device."""
+SECONDS = 120
+"""For one row."""
+BATCH = 40
+"""Rows that one process does."""
+
+
+# -- what there is -----------------------------------------------------------------------------------------------------
+
+
+def transformers_names() -> list[str]:
+    """`transformers:type/Class`: each model type with the class that holds most of it; `heads:` its further classes."""
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    maps = {
+        n: getattr(modeling_auto, n)
+        for n in dir(modeling_auto)
+        if n.endswith("_MAPPING_NAMES") and n.startswith("MODEL")
+    }
+    first = (
+        "PRETRAINING",
+        "CAUSAL_LM",
+        "MULTIMODAL_LM",
+        "MASKED_LM",
+        "SEQ_TO_SEQ_CAUSAL_LM",
+        "SEQUENCE_CLASSIFICATION",
+    )
+    order = [f"MODEL_FOR_{k}_MAPPING_NAMES" for k in first]
+    order = [k for k in order if k in maps] + sorted(maps.keys() - {*order, "MODEL_MAPPING_NAMES"})
+    order.append("MODEL_MAPPING_NAMES")
+    rows, heads, taken = [], [], set()
+    for kind in CONFIG_MAPPING_NAMES:
+        classes: list[str] = []
+        for key in order:
+            named = maps[key].get(kind, ())
+            classes += [named] if isinstance(named, str) else named
+        classes = [c for c in dict.fromkeys(classes) if c not in taken] or classes[:1] or part_classes(kind)
+        taken.update(classes)
+        rows.append(f"transformers:{kind}/{(classes or ['?'])[0]}")
+        heads += [f"heads:{kind}/{c}" for c in classes[1:]]
+    return rows + heads
+
+
+def part_classes(kind: str) -> list[str]:
+    """The classes of a model type that no Auto class knows: a part of another model."""
+    import importlib
+    import inspect
+
+    from transformers import CONFIG_MAPPING, PreTrainedModel
+
+    try:
+        config = CONFIG_MAPPING[kind]
+        module = importlib.import_module(config.__module__.replace("configuration_", "modeling_"))
+    except Exception:
+        return []
+    return [
+        name
+        for name, cls in vars(module).items()
+        if inspect.isclass(cls)
+        and issubclass(cls, PreTrainedModel)
+        and not name.endswith("PreTrainedModel")
+        and cls.__module__ == module.__name__
+        and cls.config_class is config
+    ][:1]
+
+
+def timm_names() -> list[str]:
+    import timm
+
+    return timm.list_models()
+
+
+# -- one row -----------------------------------------------------------------------------------------------------------
+
+
+def transformers_row(name: str, library: str) -> dict[str, Any]:
+    import shrink
+
+    kind, _, cls = name.partition("/")
+    row: dict[str, Any] = {"library": library, "name": name}
+    if cls == "?":
+        return row | {"built": None, "why": "no model class takes this config"}
+    kept, best = "", None
+    for size in shrink.LADDER:
+        try:
+            model_class = find_class(kind, cls)
+            model = shrink.build(lambda: model_class(shrink.small_config(kind, size)), LIMIT)  # noqa: B023
+        except Exception as error:
+            kept = kept or told(error)
+            continue
+        found = audited(model)
+        if best is None or (found["ran"] and not best[1]["ran"]):
+            best = (size, found, model)
+        if found["ran"]:
+            break
+    if best is None:
+        return row | {"built": None, "why": kept}
+    size, found, model = best
+    row |= {"built": size, "meta": next(model.parameters()).is_meta} | found
+    if library == "transformers" and not row["meta"] and found["ran"] and found["sites"]:
+        row["trip"] = trip(model, lambda folder: type(model).from_pretrained(folder).eval())
+    return row
+
+
+def find_class(kind: str, name: str) -> Any:
+    import importlib
+
+    import transformers
+    from transformers import CONFIG_MAPPING
+
+    if hasattr(transformers, name):
+        return getattr(transformers, name)
+    config = CONFIG_MAPPING[kind]
+    return getattr(importlib.import_module(config.__module__.replace("configuration_", "modeling_")), name)
+
+
+def timm_row(name: str, smallest: bool = False) -> dict[str, Any]:
+    import timm
+    import torch
+
+    row: dict[str, Any] = {"library": "timm", "name": name}
+    try:
+        with torch.device("meta"):
+            model: Any = timm.create_model(name).eval()
+    except Exception as first:
+        try:
+            model = timm.create_model(name).eval()
+        except Exception:
+            return row | {"built": None, "why": told(first)}
+    found = audited(model)
+    if not found["ran"] and sum(p.numel() for p in model.parameters()) < LIMIT:
+        model = timm.create_model(name).eval()
+        found = audited(model)
+    row |= {"file": type(model).__module__.rpartition(".")[2], "size": sum(p.numel() for p in model.parameters())}
+    row |= {"built": "default", "meta": next(model.parameters()).is_meta} | found
+    return row
+
+
+def timm_trip(name: str) -> dict[str, Any]:
+    """The round trip of one architecture, on the smallest image that it takes."""
+    import timm
+    import torch
+
+    torch.manual_seed(0)
+    for size in (64, 128, None):
+        for fixed in (True, False) if size else (False,):
+            try:
+                model: Any = timm.create_model(name, **({"img_size": size} if fixed else {})).eval()
+                if size and not fixed:
+                    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, size, size)}
+                with torch.no_grad():
+                    model(
+                        torch.randn(
+                            1,
+                            *model.pretrained_cfg["input_size"][:1],
+                            *(size or s for s in model.pretrained_cfg["input_size"][1:]),
+                        )
+                    )
+            except Exception:
+                continue
+            return trip(model, lambda folder: timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
+    return {"why": "takes no made-up image"}
+
+
+def audited(model: Any) -> dict[str, Any]:
+    """What `orthoact inspect --include-heads` says, as counts."""
+    import orthoact
+    from orthoact.convert.surgeon import examine
+
+    sites, left, seen = examine(model, include_heads=True)
+    trunk = orthoact.find_sites(model)
+    kinds = collections.Counter(s.target.name for s in sites)
+    rows = collections.Counter()
+    for item in left:
+        what = (
+            "blind"
+            if item.function == "?"
+            else "proper"
+            if item.proper
+            else "never"
+            if "never" in item.reason
+            else "gate"
+        )
+        if "parameters of its own" in item.reason:
+            what = "trained"
+        where = owner_of(model, item.where) if what in ("blind", "proper", "trained") else ""
+        rows[f"{what}: {where}{' ' if where else ''}{item.function if what != 'blind' else item.reason[:160]}"] += 1
+    return {
+        "ran": seen.ran,
+        "sites": len(sites),
+        "heads": len(sites) - len(trunk),
+        "targets": dict(kinds),
+        "left": dict(rows),
+    }
+
+
+def owner_of(model: Any, where: str) -> str:
+    try:
+        return type(model.get_submodule(where)).__name__
+    except AttributeError:
+        return type(model.get_submodule(where.rpartition(".")[0])).__name__ if "." in where else type(model).__name__
+
+
+def trip(model: Any, load: Any) -> dict[str, Any]:
+    """Convert, save, reload, perturb, and load where orthoact is absent."""
+    import torch
+
+    import orthoact
+    from orthoact.convert.audit import probe_batches
+    from orthoact.convert.checkpoint import save
+    from orthoact.convert.record import absent
+
+    livened(model)
+    batch = None
+    for made in probe_batches(model, rows=1, length=8):
+        with contextlib.suppress(Exception), torch.no_grad():
+            model(**made)
+            batch = made
+            break
+    if batch is None:
+        return {"why": "no batch runs"}
+    base = output(model, batch)
+    done = orthoact.convert_(model, degree=4, include_heads=True)
+    names = [s.name for s in done.plan.sites]
+    acts = {name: model.get_submodule(name) for name in names}
+    with torch.no_grad():
+        for act in acts.values():
+            act.theta += 0.05 * torch.randn_like(act.theta)
+    reached: set[str] = set()
+    hooks = [a.register_forward_pre_hook(lambda m, x, n=n: reached.add(n)) for n, a in acts.items()]
+    before = output(model, batch)
+    for hook in hooks:
+        hook.remove()
+    result: dict[str, Any] = {"sites": len(names), "reached": len(reached)}
+    with orthoact.original(model):
+        result["original"] = same(output(model, batch), base)
+    folder = Path(tempfile.mkdtemp()) / "made"
+    try:
+        save(model, folder)
+        loaded = load(str(folder))
+        for tensor in loaded.parameters():  # read in place from a file, at any address: kernels round by it
+            tensor.data = tensor.data.clone()
+        if sorted(model.state_dict()) != sorted(loaded.state_dict()):
+            return result | {"why": "other tensors after reloading"}
+        lost = [k for k, v in model.state_dict().items() if not torch.equal(v, loaded.state_dict()[k].to(v.dtype))]
+        result["equal"] = not lost and same(output(loaded, batch), before)
+        if lost:
+            result["lost"] = lost[:3]
+        silent = []
+        for name in reached:
+            act = acts[name]
+            kept = act.theta.detach().clone()
+            with torch.no_grad():
+                act.theta += 0.5
+                if same(output(model, batch), before):
+                    act.theta += 20.0
+                    if same(output(model, batch), before):
+                        silent.append(name)
+                act.theta.copy_(kept)
+        result["silent"] = silent
+        token = absent.set(True)
+        import timm
+
+        registered = timm.models._registry._model_entrypoints.pop("orthoact", None)
+        try:
+            load(str(folder))
+            result["loud"] = False
+        except Exception as error:
+            result["loud"] = "orthoact" in str(error)
+            if not result["loud"]:
+                result["said"] = told(error)
+        finally:
+            absent.reset(token)
+            if registered:
+                timm.models._registry._model_entrypoints["orthoact"] = registered
+    finally:
+        shutil.rmtree(folder.parent, ignore_errors=True)
+    return result
+
+
+def livened(model: Any) -> None:
+    """Weights with which every part of a random model matters."""
+    import torch
+
+    torch.manual_seed(0)
+    padding = {
+        id(m.weight): m.padding_idx
+        for m in model.modules()
+        if getattr(m, "padding_idx", None) is not None and hasattr(m, "weight")
+    }
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if not p.is_floating_point():
+                continue
+            if p.dim() > 1:
+                p.normal_(std=p[0].numel() ** -0.5)
+                if id(p) in padding:
+                    p[padding[id(p)]] = 0
+            elif name.endswith("bias"):
+                p.normal_(std=0.1)
+            elif p.numel() > 1:
+                p.uniform_(0.5, 1.5)
+
+
+def output(model: Any, batch: dict[str, Any]) -> list[Any]:
+    """Every floating tensor of the output; the same random numbers each time."""
+    import torch
+
+    torch.manual_seed(0)
+    with torch.no_grad():
+        out = model(**batch)
+    found: list[Any] = []
+
+    def collect(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, dict):
+            for v in value.values():
+                collect(v)
+        elif isinstance(value, list | tuple):
+            for v in value:
+                collect(v)
+
+    collect(out)
+    return found
+
+
+def same(first: list[Any], second: list[Any]) -> bool:
+    import torch
+
+    return len(first) == len(second) and all(
+        a.shape == b.shape and (torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all()))
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def told(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {lines[-1] if 'validation' in lines[0] else lines[0]}"[:200]
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+
+
+def work(names: list[str]) -> None:
+    """In a process of its own: one row for each name, appended as it is made."""
+    warnings.simplefilter("ignore")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    import transformers
+
+    import orthoact  # noqa: F401
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("orthoact").setLevel(logging.ERROR)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+    def late(*_):
+        raise TimeoutError(f"more than {SECONDS} s")
+
+    signal.signal(signal.SIGALRM, late)
+    for name in names:
+        clock = time.perf_counter()
+        marked(name, "started")
+        signal.alarm(SECONDS)
+        library, _, rest = name.partition(":")
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                if library in ("transformers", "heads"):
+                    row = transformers_row(rest, library)
+                elif library == "timm":
+                    row = timm_row(rest)
+                else:
+                    row = {"library": "trip", "name": rest, "trip": timm_trip(rest)}
+        except BaseException as error:  # the census goes on
+            row = {"library": library, "name": rest, "built": None, "crash": told(error)}
+        signal.alarm(0)
+        row["seconds"] = round(time.perf_counter() - clock, 1)
+        with ROWS.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def marked(name: str, how: str) -> None:
+    (HERE / ".census.now").write_text(name)
+
+
+def read() -> dict[str, dict[str, Any]]:
+    rows = {}
+    for line in ROWS.read_text().splitlines() if ROWS.exists() else []:
+        row = json.loads(line)
+        rows[f"{row['library']}:{row['name']}"] = row
+    return rows
+
+
+def smallest() -> list[str]:
+    """The smallest architecture of each source file of timm that the audit could build."""
+    best: dict[str, tuple[int, str]] = {}
+    for row in read().values():
+        if row["library"] == "timm" and row.get("sites") and row.get("size"):
+            best[row["file"]] = min(best.get(row["file"], (10**12, "")), (row["size"], row["name"]))
+    return sorted(f"trip:{name}" for _, name in best.values())
+
+
+def run(only: str, again: str, most: int) -> None:
+    warnings.simplefilter("ignore")
+    first = transformers_names()
+    names = [n for n in first if n.startswith("transformers")] + [f"timm:{n}" for n in timm_names()]
+    names += [n for n in first if n.startswith("heads")]
+    for stage in (names, None):
+        stage = smallest() if stage is None else stage
+        known = read()
+        redo = {n for n, row in known.items() if again and (again == "all" or again in json.dumps(row))}
+        todo = [n for n in stage if fnmatch.fnmatch(n, only) and (n not in known or n in redo)]
+        todo, most = todo[:most], most - len(todo[:most])
+        print(len(stage), "models,", len(todo), "to do", flush=True)
+        for i in range(0, len(todo), BATCH):
+            batch = todo[i : i + BATCH]
+            while batch:
+                size = len(read())
+                command = [sys.executable, __file__, "work", *batch]
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    subprocess.run(command, timeout=SECONDS * 3 + 30 * len(batch), stdout=subprocess.DEVNULL)
+                done = set(read().keys()) if size < len(read()) or again else read().keys()
+                last = (HERE / ".census.now").read_text()
+                rest = batch[batch.index(last) + 1 :] if last in batch else []
+                if last not in done:
+                    library, _, name = last.partition(":")
+                    with ROWS.open("a") as file:
+                        file.write(
+                            json.dumps({"library": library, "name": name, "built": None, "crash": "the process died"})
+                            + "\n"
+                        )
+                batch = rest
+            print(f"{i + BATCH}/{len(todo)}", time.strftime("%H:%M:%S"), flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("job", choices=["run", "work", "table"])
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--only", default="*")
+    parser.add_argument("--most", type=int, default=10**9, help="at most so many rows in this run")
+    parser.add_argument("--again", default="", help="also rows that hold this text; 'all'")
+    arguments = parser.parse_args()
+    if arguments.job == "work":
+        work(arguments.names)
+    elif arguments.job == "run":
+        run(arguments.only, arguments.again, arguments.most)

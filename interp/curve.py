@@ -1,0 +1,209 @@
+r"""An activation as a function of its input and its numbers, with a backward pass that keeps nothing but the input.
+
+$$F(x) = S(x_c) + l \max(lo - x, 0) + r \max(x - hi, 0), \quad x_c = \mathrm{clip}(x, lo, hi)$$
+
+`value`, `slope` and `parts` are the formulas, written once for every family. `Curve` runs them over blocks that stay in
+the cache, or as one kernel for each direction (see `engine`). The derivatives by the numbers are sums over the input,
+taken in the same pass: in float32 or better within some thousand values, then over these sums.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import engine
+from .family import Family, fma
+from .layout import Layout, blocks
+
+
+class Frame(NamedTuple):
+    """Joints and standardised variable z = unit x + offset."""
+
+    lo: Tensor
+    hi: Tensor
+    unit: Tensor
+    offset: Tensor
+
+
+def standardised(x: Tensor, frame: Frame) -> tuple[Tensor, Tensor, Tensor]:
+    """How far x is below lo and above hi, and z at x_c: by subtraction, which is exact between the joints and fast."""
+    below, above = torch.relu(frame.lo - x), torch.relu(x - frame.hi)
+    return below, above, fma(x - above + below, frame.unit, frame.offset)
+
+
+def value(family: Family, x: Tensor, numbers: list[Tensor], frame: Frame) -> Tensor:
+    """F at x. `numbers` are those of the core, as `Family.value` takes them, and l and r."""
+    *core, left, right = numbers
+    below, above, z = standardised(x, frame)
+    return fma(above, right, fma(below, left, family.value(core, z)))
+
+
+def slope(family: Family, x: Tensor, numbers: list[Tensor], frame: Frame) -> Tensor:
+    """F' at x; at a joint it is the core's."""
+    *core, left, right = numbers
+    below, above, z = standardised(x, frame)
+    inside = family.value_slope(core, z) * frame.unit
+    return torch.where(above > 0, right, torch.where(below > 0, -left, inside))
+
+
+def parts(family: Family, x: Tensor, numbers: list[Tensor], frame: Frame) -> list[Tensor]:
+    """The derivatives of F by the first numbers of the core (by any others they are zero), and by l and r."""
+    below, above, z = standardised(x, frame)
+    return [*family.value_parts(numbers[:-2], z), below, above]
+
+
+def plain(x: Tensor, numbers: Tensor, frame: Tensor, family: Family, groups: int | None, channel: int | None) -> Tensor:
+    """F by differentiable operations on whole tensors, for compilers, tracers and derivatives of any kind."""
+    wide = x.to(numbers.dtype)
+    if groups is not None and channel is not None:
+        numbers = numbers.repeat_interleave(x.shape[channel] // groups, dim=0)
+        numbers = numbers.reshape(-1, *[1] * (x.dim() - 1 - channel % x.dim()), numbers.shape[-1])
+    return value(family, wide, list(numbers.unbind(-1)), Frame(*frame.unbind())).to(x.dtype)
+
+
+class Curve(torch.autograd.Function):
+    """F of x for numbers (n,) or (groups, n) and a frame (4,), both of the dtype that is computed in."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, numbers: Tensor, frame: Tensor, family: Family, groups: int | None, channel: int | None
+    ) -> Tensor:
+        layout = Layout.of(x, groups, channel)
+        run = _values_by_kernel if engine.get_path() == "compiled" and x.numel() else _values
+        return layout.restore(run(family, layout, layout.flat(x), layout.spread(numbers), frame))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, numbers, frame, *ctx.how = inputs
+        ctx.save_for_backward(x, numbers, frame)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x, numbers, frame), (family, groups, channel), (grad,) = ctx.saved_tensors, ctx.how, grads
+        by_x, by_numbers = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():  # gradients of the gradients are wanted
+            inputs = [x] * by_x + [numbers] * by_numbers
+            again = plain(x, numbers, frame, family, groups, channel)
+            found = torch.autograd.grad(again, inputs, grad, create_graph=True)
+            return found[0] if by_x else None, found[-1] if by_numbers else None, None, None, None, None
+        layout = Layout.of(x, groups, channel)
+        run = _gradients_by_kernel if engine.get_path() == "compiled" and x.numel() else _gradients
+        steep = layout.flat(grad)
+        flat, sums = run(family, layout, layout.flat(x), steep, layout.spread(numbers), frame, by_numbers)
+        by_x = layout.restore(flat) if by_x else None
+        if sums is None:
+            return by_x, None, None, None, None, None
+        whole = torch.zeros_like(numbers)
+        sums = layout.gather(sums)
+        whole[..., : sums.shape[-1] - 2], whole[..., -2:] = sums[..., :-2], sums[..., -2:]
+        return by_x, whole, None, None, None, None
+
+
+def _values(family: Family, layout: Layout, flat: Tensor, spread: Tensor, frame: Tensor) -> Tensor:
+    out = torch.empty_like(flat)
+    source, into, joints = layout.columns(flat), layout.columns(out), Frame(*frame.unbind())
+    for block in blocks(source.shape):
+        numbers = list(spread[:, block[1]].unbind())
+        into[block] = value(family, source[block].to(spread.dtype), numbers, joints)
+    return out
+
+
+def _gradients(
+    family: Family, layout: Layout, flat: Tensor, steep: Tensor, spread: Tensor, frame: Tensor, by_numbers: bool
+) -> tuple[Tensor, Tensor | None]:
+    out, sums = torch.empty_like(flat), None
+    source, steeps, into = layout.columns(flat), layout.columns(steep), layout.columns(out)
+    joints = Frame(*frame.unbind())
+    for block in blocks(source.shape):
+        x, grad = source[block].to(spread.dtype), steeps[block].to(spread.dtype)
+        numbers = list(spread[:, block[1]].unbind())
+        into[block] = slope(family, x, numbers, joints).mul_(grad)
+        if by_numbers:
+            found = [_total(part, grad, layout) for part in parts(family, x, numbers, joints)]
+            if sums is None:
+                sums = spread.new_zeros(len(found), spread.shape[1])
+            sums[:, block[1]] += torch.stack(found)
+    return out, sums
+
+
+def _total(part: Tensor, grad: Tensor, layout: Layout) -> Tensor:
+    if layout.kind == "one":
+        return torch.dot(part.reshape(-1), grad.reshape(-1))[None]
+    return (part * grad).sum((0, 2))
+
+
+def _values_by_kernel(family: Family, layout: Layout, flat: Tensor, spread: Tensor, frame: Tensor) -> Tensor:
+    view = layout.tiles(flat)
+    if layout.kind == "channel":
+        spread = spread.view(len(spread), view.shape[1], 1, view.shape[3])
+    elif layout.kind == "one":
+        spread = spread.view(-1)
+
+    def run(x: Tensor, numbers: Tensor, frame: Tensor) -> Tensor:
+        wide = x.to(numbers.dtype)
+        return value(family, wide, list(numbers.unbind()), Frame(*frame.unbind())).to(x.dtype)
+
+    found = _kernel(run, "values", family, layout, [view], spread, frame)
+    if found is None:
+        return _values(family, layout, flat, spread, frame)
+    out = found(view, spread, frame)
+    return (out.transpose(1, 2) if layout.kind == "channel" else out).reshape(-1)
+
+
+def _gradients_by_kernel(
+    family: Family, layout: Layout, flat: Tensor, steep: Tensor, spread: Tensor, frame: Tensor, by_numbers: bool
+) -> tuple[Tensor, Tensor | None]:
+    views = [layout.rows(flat), layout.rows(steep)]
+    held = spread.view(-1) if layout.kind == "one" else spread
+
+    def run(x: Tensor, grad: Tensor, numbers: Tensor, frame: Tensor) -> tuple[Tensor, ...]:
+        wide, grad, joints = x.to(numbers.dtype), grad.to(numbers.dtype), Frame(*frame.unbind())
+        each = list(numbers.unbind())
+        out = (slope(family, wide, each, joints) * grad).to(x.dtype)
+        if not by_numbers:
+            return (out,)
+        return out, *((part * grad).sum(-1) for part in parts(family, wide, each, joints))
+
+    found = _kernel(run, f"gradients {by_numbers}", family, layout, views, held, frame)
+    if found is None:
+        return _gradients(family, layout, flat, steep, spread, frame, by_numbers)
+    out, *sums = found(*views, held, frame)
+    out = (out.transpose(1, 2) if layout.kind == "channel" else out).reshape(-1)
+    if not sums:
+        return out, None
+    return out, torch.stack(sums).view(len(sums), -1, spread.shape[1]).sum(1)
+
+
+def _kernel(
+    run: Any, name: str, family: Family, layout: Layout, views: list[Tensor], numbers: Tensor, frame: Tensor
+) -> Any:
+    """The kernel of `run` for views of this kind; sizes that are not those of `numbers` vary from call to call."""
+    x = views[0]
+    key = (name, family, layout.kind, x.dtype, x.device, numbers.shape, numbers.dtype)
+
+    def example() -> list[tuple[Tensor, tuple[int, ...]]]:
+        varying = (0, 1) if layout.kind == "one" else (0, 2)
+        sizes = [1 if axis in varying else size for axis, size in enumerate(x.shape)]
+        sizes[0], sizes[varying[1]] = 8, max(24, 2**20 // 8 // max(prod(sizes), 1))
+        made = [torch.zeros(sizes, dtype=x.dtype, device=x.device) for _ in views]
+        if layout.kind == "channel":
+            made = [each.transpose(1, 2).contiguous().transpose(1, 2) for each in made]
+        return [*((each, varying) for each in made), (numbers, ()), (frame, ())]
+
+    return engine.kernel(key, run, example)
+
+
+def is_whole(x: Tensor) -> bool:
+    """Whether `plain` must be taken: where operations are recorded or transformed, not run."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or x.is_meta
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )

@@ -1,0 +1,123 @@
+"""How activations are computed: eagerly, or by kernels that `torch.compile` makes the first time that each is needed.
+
+Eager is the default: making a kernel takes some seconds. The environment variable `ORTHOACT_PATH`, `set_path` and
+`using` choose; `worth_compiling` says when the work is long enough. Under `torch.compile(model)` and `torch.export`
+this has no part: the formulas become part of the user's graph.
+"""
+
+from __future__ import annotations
+
+import os
+import types
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .errors import OrthoactError
+
+PATHS = ("eager", "compiled")
+"""The two ways to compute an activation outside a user's own `torch.compile`."""
+
+SAVED = 2e-9
+"""Seconds that the compiled path saves for each value, forward and backward, on two cores."""
+
+COST = 20.0
+"""Seconds that making the kernels of one family and degree takes, at most."""
+
+CONTRACT = {"cpp.enable_floating_point_contract_flag": "fast"}
+"""Multiply and add in one instruction, which rounds once: a third faster, and no less accurate."""
+
+
+class _State:
+    path = ""
+    broken = ""
+    """Why kernels cannot be made here; empty while they can."""
+
+
+_kernels: dict[Hashable, Callable[..., Tensor | tuple[Tensor, ...]]] = {}
+
+
+def set_path(path: str) -> None:
+    """Compute activations in this process by `eager` or `compiled`; `OrthoactError` for anything else."""
+    if path not in PATHS:
+        raise OrthoactError(f"path {path!r}: expected one of {', '.join(PATHS)}")
+    _State.path = path
+
+
+def get_path() -> str:
+    """The path in use: by `set_path`, else by `ORTHOACT_PATH`, else eager; eager where kernels cannot be made.
+
+    >>> with using("compiled"):
+    ...     get_path()
+    'compiled'
+    """
+    if not _State.path:
+        set_path(os.environ.get("ORTHOACT_PATH") or "eager")
+    return "eager" if _State.broken else _State.path
+
+
+@contextmanager
+def using(path: str):
+    """Compute activations by `path` in this block."""
+    before = get_path()
+    set_path(path)
+    try:
+        yield
+    finally:
+        _State.path = before
+
+
+def worth_compiling(values: float) -> bool:
+    """Whether so many values of activations, forward and backward, take long enough to pay for the kernels.
+
+    >>> worth_compiling(2048 * 12 * 3072), worth_compiling(1e12)
+    (False, True)
+    """
+    return values * SAVED > COST
+
+
+def describe() -> str:
+    """The path and why, for `orthoact env`."""
+    if _State.broken:
+        return f"eager, for kernels cannot be made: {_State.broken}"
+    return get_path()
+
+
+def kernel(
+    key: Hashable, function: Callable, example: Callable[[], Sequence[tuple[Tensor, tuple[int, ...]]]]
+) -> Callable[..., Tensor | tuple[Tensor, ...]] | None:
+    """The kernel of `function`, made once for each `key`; None where kernels cannot be made.
+
+    `example` gives arguments with their sizes that vary. A key stands for everything else that the kernel depends on,
+    so that on a CPU no guard is checked in a call: they take as long as 10,000 values. An example whose sizes differ
+    keeps two of them from being taken for the same.
+    """
+    if key in _kernels:
+        return _kernels[key]
+    if _State.broken:
+        return None
+    # a code object of its own: the compiler counts recompilations by code object
+    code = function.__code__.replace(co_name=f"orthoact_{len(_kernels)}")
+    own = types.FunctionType(code, function.__globals__, code.co_name, None, function.__closure__)
+    arguments = example()
+    options: dict = dict(CONTRACT)
+    if arguments[0][0].device.type == "cpu" and hasattr(torch.compiler, "skip_all_guards_unsafe"):
+        options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
+    made = torch.compile(own, fullgraph=True, dynamic=False, options=options)
+    try:
+        with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for tensor, sizes in arguments:
+                for size in sizes:
+                    torch._dynamo.mark_dynamic(tensor, size)
+            made(*(tensor for tensor, _ in arguments))
+    except Exception as error:  # no compiler, a read-only cache, a torch without it: the eager path always works
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        _State.broken = f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+        warnings.warn(f"torch.compile failed, so activations are computed eagerly: {_State.broken}", stacklevel=2)
+        return None
+    _kernels[key] = made
+    return made

@@ -1,0 +1,161 @@
+"""The search for a separable family: a race of many starts, in which fewer and fewer are improved more and more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from .family import Separable
+from .problem import Problem, Side
+from .race import ROUNDING, Race, State
+
+COARSE, FINE = 64, 160
+"""Nodes in the core: in the race, and for its winners (rationals hide poles between nodes that are few)."""
+
+RADII = (1.5, 6.0)
+"""Least and greatest distance of a joint from the centre of the target's curvature to start from, in its spread."""
+
+SHIFTS = (0.0, 0.4, 1.0, -0.4, -1.0)
+"""Where z = 0 may lie in the core to start from, in half its length; one side will do where all is symmetric."""
+
+RACE = ((16, 6), (8, 12), (4, 40))
+"""How many starts are improved, by how many steps."""
+
+ONE = (2, 30, 5e-3)
+"""How many starts of a family with one shape number are improved, by how many steps of at least which gain."""
+
+HOPS = (4, (24, 8), (6, 30))
+"""From how many places to hop, and how many hops are improved, by how many steps."""
+
+SIZES = (0.05, 0.2, 0.5)
+"""Relative sizes of the hops."""
+
+LAST = (3, 40)
+"""How many are improved on the fine nodes, by how many steps."""
+
+SAME = 1e-3
+"""Starts whose J differ by less than this share are taken for the same valley."""
+
+EXACT = 4e-7
+"""The error, as a share of the target's root mean square, at which a start needs no improvement."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where J is least."""
+
+    shape: list[float]
+    lo: float
+    hi: float
+    location: float
+    scale: float
+    rounding: float
+    """The weight of the rows that keep the terms of the series small."""
+
+
+def search_shapes(p: Problem, sides: tuple[Side, Side]) -> Found:
+    """Shape and joints of least J."""
+    assert isinstance(p.family, Separable)
+    smooth, fine = p.family.relaxed(), Race(p, p.family, sides, FINE)
+    race = Race(p, p.family, sides, COARSE)
+    begun = race.evaluate(*_starts(p, race))
+    exact = np.flatnonzero(begun.value <= EXACT**2 * (p.w @ p.f**2))
+    if len(exact):
+        return _found(fine, begun[exact[:1]])
+    if race.shapes == 1:  # one valley, and no poles
+        return _found(race, _best(race.improve(_best(begun, ONE[0]), *ONE[1:]), 1))
+    ends = [_run(race, begun, 2 if smooth else 1)]
+    if smooth is not None:
+        other = Race(p, smooth, sides, COARSE)
+        ends.append(_settle(race, _run(other, other.evaluate(*_starts(p, other)), 1), other))
+    found = _join(race, ends)
+    best = _best(_join(fine, [found, _hop(race, _best(found, HOPS[0]))]), LAST[0])
+    # terms that cancel each other are worth a thousandth of the error, not the rounding of the copy
+    fine.rounding = max(ROUNDING, 1e-3 * float(best.value[0]) ** 0.5)
+    return _found(fine, _best(fine.improve(fine.evaluate(best.frame, best.alpha), LAST[1]), 1))
+
+
+def _run(race: Race, state: State, share: int) -> State:
+    for kept, steps in RACE:
+        state = race.improve(_best(state, kept // share), steps)
+    return _best(state, LAST[0])
+
+
+def _join(race: Race, states: list[State]) -> State:
+    return race.evaluate(*(np.concatenate([getattr(s, name) for s in states]) for name in ("frame", "alpha")))
+
+
+def _hop(race: Race, state: State) -> State:
+    """Where hops of several sizes from these places lead to."""
+    count = HOPS[1][0]
+    rows = np.arange(count) % len(state.value)
+    size = np.array(SIZES)[np.arange(count) // len(state.value) % len(SIZES), None]
+    far = 1 + size * np.random.default_rng(0).normal(size=(count, state.alpha.shape[1]))
+    hops = race.evaluate(state.frame[rows], state.alpha[rows] * far)
+    for kept, steps in HOPS[1:]:
+        hops = race.improve(_best(hops, kept), steps)
+    return hops
+
+
+def _best(state: State, most: int) -> State:
+    """The best of each valley."""
+    order = np.argsort(state.value, kind="stable")
+    value = state.value[order]
+    return state[order[np.append(True, value[1:] > value[:-1] * (1 + SAME))][:most]]
+
+
+def _settle(own: Race, state: State, race: Race) -> State:
+    """Members of the smoother family as those of the family itself."""
+    family, n = own.family, race.shapes
+    frames, alphas = [], []
+    for (location, scale), alpha, joints in zip(state.frame, state.alpha, race.joints(state.alpha), strict=True):
+        shape, *frame = family.settle(alpha[:n].tolist(), location, scale, *joints.tolist())
+        frames.append(frame)
+        alphas.append(np.concatenate([shape, [0.0] * family.centred, alpha[race.inner :]]))
+    return own.evaluate(np.array(frames), np.array(alphas))
+
+
+def _found(race: Race, state: State) -> Found:
+    p, family, alpha = race.p, race.family, state.alpha[0]
+    lo, hi = race.joints(alpha[None])[0].tolist() if p.tails == "linear" else (-np.inf, np.inf)
+    location, scale = state.frame[0]
+    if family.centred:
+        location = location + scale * alpha[race.shapes]
+    location, scale = (float(np.float32(v)) for v in (location, scale))  # the module keeps them so
+    return Found(alpha[: race.shapes].tolist(), lo, hi, location, scale, race.rounding)
+
+
+def _starts(p: Problem, race: Race) -> tuple[np.ndarray, np.ndarray]:
+    """Frame and alpha of each start."""
+    family, frames, alphas = race.family, [], []
+    shifts = (SHIFTS[:3] if p.is_symmetric() else SHIFTS) if family.centred else (0.0,)
+    for lo, hi in _joints(p, race.sides):
+        half = (hi - lo) / 2
+        x, w = race.nodes(np.array([[lo, hi]]))
+        f = np.interp(x[0], p.x, p.f)
+        for shift in shifts:
+            frame = (lo + hi) / 2 + shift * half, half / family.reach(p.degree)
+            if p.tails == "none":
+                frame = p.domain.mean, p.domain.std
+            for shape in family.starts(p.degree, (x[0] - frame[0]) / frame[1], w[0], f):
+                frames.append(frame)
+                alphas.append([*shape, *([0.0] if family.centred else []), *((lo, hi)[i] for i in race.free)])
+    return np.float32(frames).astype(float), np.array(alphas)
+
+
+def _joints(p: Problem, sides: tuple[Side, Side]) -> list[tuple[float, float]]:
+    """Pairs of joints to start from, around the target's curvature; fixed ones stay, and without tails there is one."""
+    if p.tails == "none":
+        return [p.four_deviations()]
+    centre, spread = p.bend()
+    free = [side.joint is None for side in sides]
+    if p.is_symmetric():
+        radii = [min(r * spread, p.ends[1] - p.domain.mean) for r in np.geomspace(*RADII, 8).tolist()]
+        return [(p.domain.mean - r, p.domain.mean + r) for r in radii]
+    ends = []
+    for side, sign in zip(sides, (-1, 1), strict=True):
+        radii = np.geomspace(*RADII, 3 if all(free) else 6)
+        ends.append(np.clip(centre + sign * spread * radii, *p.ends).tolist() if side.joint is None else [side.joint])
+    return list(product(*ends))
