@@ -273,8 +273,10 @@ def fit(target, family, degree, tolerance, tails, derivative_weight, mean, std, 
 @share
 @loading
 @click.option("--calibrate", type=click.Path(), help="Fit each site to what this data shows of it: as --data.")
+@click.option("--recover", type=click.Path(), help="Then train the activations towards the original on this data.")
+@click.option("--steps", type=int, help="Of the recovery.  [default: 60]")
 @click.option("--limit", type=int, help="Calibrate on so many tokens, texts or images.  [default: 2,048, 128, 128]")
-@click.option("--batch-size", type=int, default=8, show_default=True, help="Of the calibration.")
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Of the calibration and the recovery.")
 @click.option("--dry-run", is_flag=True, help="Plan only; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT; refit a MODEL that is converted already.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the probe batch and of --calibrate.")
@@ -304,6 +306,8 @@ def convert(
     trust_remote_code,
     device,
     calibrate,
+    recover,
+    steps,
     limit,
     batch_size,
     dry_run,
@@ -322,7 +326,8 @@ def convert(
 
     The folder loads with plain from_pretrained (timm: create_model) after `import orthoact`. No weight is changed.
     With --calibrate (a text file, a folder of images, a data set on disk; no labels needed) each site is fitted to its
-    own inputs, weighted by how much an error there would change the model's output.
+    own inputs, weighted by how much an error there would change the model's output. With --recover (data alike) the
+    new activations alone are then trained, so that the model's output is again what it was with the old ones.
     """
     from .convert.calibrate import calibrate_on
     from .convert.checkpoint import check_output, save
@@ -335,6 +340,8 @@ def convert(
     options = _fit_options(family, degree, tolerance, tails, derivative_weight, parameters)
     if limit is not None and calibrate is None:
         raise click.UsageError("--limit bounds the data of --calibrate: give that too")
+    if steps is not None and recover is None:
+        raise click.UsageError("--steps are those of --recover: give that too")
     if adapter and standalone:
         raise click.UsageError("give one of --adapter and --standalone")
     form = "adapter" if adapter else "standalone" if standalone else "full"
@@ -381,6 +388,15 @@ def convert(
         clock = perf_counter()
         convert_(source.model, made)
         report["seconds"]["fit"] += perf_counter() - clock
+        if recover is not None:
+            from .finetune.recover import recover as recover_on
+
+            with _progress("recovering", not quiet) as progress:
+                chosen = {} if steps is None else {"steps": steps}
+                report["recovery"] = recover_on(
+                    source, recover, batch_size=batch_size, seed=seed, progress=progress, **chosen
+                )
+            report["seconds"]["recover"] = report["recovery"]["seconds"]
         with _status("measuring", not quiet):
             try:
                 if source.planned:
@@ -447,6 +463,12 @@ def _report(model: str, report: dict[str, Any], made) -> None:
         console.print(reasons.pop(), style="dim")
     for item in made.left:
         console.print(f"left: {item.where or '(model)'} {item.function}: {item.reason}", style="dim")
+    if "recovery" in report:
+        found = report["recovery"]
+        console.print(
+            f"recovered in {found['steps']} steps: divergence from the original on held-out data "
+            f"{found['divergence_before']:.2e} before, {found['divergence']:.2e} after"
+        )
     if "fidelity" in report:
         _fidelity_table(report["fidelity"])
     if report["output"]:

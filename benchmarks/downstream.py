@@ -69,10 +69,10 @@ class Settings:
 
     pixels: int = 42
     blocks: int = 6
-    train: int = 1000
-    validation: int = 500
-    test: int = 2000
-    epochs: int = 2
+    train: int = 500
+    validation: int = 300
+    test: int = 1000
+    epochs: int = 3
     batch: int = 16
     head_rate: float = 5e-3
     seeds: int = 3

@@ -41,7 +41,7 @@ from orthoact.finetune.swap import Swap  # noqa: E402
 
 MODELS = {  # item, what it is measured on, steps, windows of 256 tokens a step
     "demo GPT-2": ("demo", None, 60, 4),
-    "SmolLM2-135M": ("smollm2", "english.txt", 40, 2),
+    "SmolLM2-135M": ("smollm2", "english.txt", 30, 1),
 }
 LENGTH = 256
 RATES = {"activations": 0.01, "norms": 3e-4}

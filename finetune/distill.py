@@ -68,7 +68,7 @@ class Distillation:
         batch = {k: v for k, v in batch.items() if k != "labels"}
         with torch.no_grad(), self.teacher(model):
             told, told_hidden = self._run(model, batch)
-        with self.swap or nullcontext():
+        with self.swap if self.swap and torch.is_grad_enabled() else nullcontext():  # measured, all are new
             seen, hidden = self._run(model, batch)
         loss = self._outputs(told, seen, batch.get("attention_mask"))
         if self.hidden:

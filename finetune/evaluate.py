@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from .examples import IGNORED
 
-BEST = {"causal-lm": ("loss", -1), "sequence-classification": ("accuracy", 1), "image-classification": ("accuracy", 1)}
+BEST = {
+    "causal-lm": ("loss", -1),
+    "sequence-classification": ("accuracy", 1),
+    "image-classification": ("accuracy", 1),
+    "divergence": ("loss", -1),
+}
 """The figure of each task that is chosen by, and the sign that makes more of it better."""
 
 
@@ -49,7 +54,8 @@ def measure(objective: nn.Module, loader: Any, task: str, accelerator: Any) -> d
     """`loss` (nats) and `perplexity`, or `loss`, `accuracy` and `f1` (macro), of a whole split.
 
     Every process computes its share; what it found is gathered, so that all return the same figures. A loss that is
-    not finite is returned as it is.
+    not finite is returned as it is. The task `divergence` is that of a model that is taught without labels: `loss` is
+    the objective's own.
     """
     from torchmetrics import MeanMetric, MetricCollection
     from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
@@ -61,6 +67,10 @@ def measure(objective: nn.Module, loader: Any, task: str, accelerator: Any) -> d
     objective.eval()
     with torch.no_grad():
         for batch in loader:
+            if task == "divergence":
+                losses = accelerator.gather(objective(batch).double()[None])
+                mean.update(losses)
+                continue
             found, labels = objective(batch, want="logits").float(), batch["labels"]
             losses = F.cross_entropy(found.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none")
             counted = (labels != IGNORED).reshape(len(labels), -1).sum(1)

@@ -97,13 +97,15 @@ def choose(
     lora_alpha: int | None = None,
     lora_targets: tuple[str, ...] | list[str] = (),
     tails: str = "free",
+    head: bool = True,
 ) -> Trainable:
     """Let `what` (a key of `WHAT`) of `model` train and freeze the rest, in place.
 
     Activations (their `theta`) and the head have rates of their own or the common one. Weight decay is for matrices of
     weights only: never for activations, norms and biases. LoRA is PEFT's: `lora_targets` are names of linear layers,
     by default those that PEFT names for the architecture, else all but the head's. With `tails="fixed"` the value and
-    slope of each activation at its joints, and so its tails, stay as they are (see `fix_tails`).
+    slope of each activation at its joints, and so its tails, stay as they are (see `fix_tails`). With `head=False` a
+    classifier's head stays as it is.
 
     Raises `OrthoactError` for an unknown `what` and where the model has nothing of the kind.
 
@@ -118,7 +120,7 @@ def choose(
     if tails not in ("free", "fixed"):
         raise OrthoactError(f"train.tails: expected free or fixed, got {tails!r}")
     model.requires_grad_(False)
-    head = _head(model)
+    of_head = _head(model)
     adapter = _lora(model, lora_rank, lora_alpha, list(lora_targets)) if "lora" in WHAT[what] else None
     masks = {}
     if tails == "fixed" and "activations" in WHAT[what]:
@@ -127,8 +129,9 @@ def choose(
     groups: dict[tuple[str, float], dict[str, Any]] = {}
     chosen: set[int] = set()
     count: dict[str, int] = {}
-    for part in ("head", *WHAT[what]):
-        parameters = {id(p): p for p in (head if part == "head" else PARTS[part](model)) if p.is_floating_point()}
+    for part in (*(["head"] if head else []), *WHAT[what]):
+        found = of_head if part == "head" else PARTS[part](model)
+        parameters = {id(p): p for p in found if p.is_floating_point()}
         if not parameters and part != "head" and what != "all":
             raise OrthoactError(_nothing(part, what, model))
         for p in parameters.values():

@@ -1,0 +1,169 @@
+"""Recovery: give back what a coarse conversion lost, by self-distillation on inputs without labels, in one go."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..convert.data import Batches, batches, predicts_next
+from ..convert.sources import Source
+from ..interp.errors import OrthoactError
+from .distill import Distillation
+from .evaluate import Objective
+from .examples import Stream
+from .launch import make_accelerator
+from .loop import Job, loop
+from .monitor import Monitor
+from .parameters import choose
+from .recipe import Recipe
+from .sections import Train
+from .state import States
+from .swap import Swap
+
+LENGTH = 256
+"""Tokens of a window of a causal model."""
+
+COARSE = 0.1
+"""The divergence from which a conversion counts as coarse: its sites are then swapped one after the other."""
+
+
+def recover(
+    source: Source,
+    data: str | Path,
+    *,
+    steps: int = 60,
+    what: str = "activations",
+    rate: float = 0.01,
+    weight_rate: float = 3e-4,
+    swap: str | None = "auto",
+    limit: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Train the activations of the converted model of `source` towards its original, in place, on `data`.
+
+    `data` is what `convert.data.batches` takes, without labels; a tenth of it, at least one batch, is held out. Each
+    step takes one batch of `batch_size` texts, images or windows of `LENGTH` tokens. `what` is that of `choose`: with
+    the default no weight changes; `rate` is that of the activations, `weight_rate` of all else. `swap` is that of
+    `Swap`; `auto` swaps site by site where the conversion is coarse. Where the held-out divergence is no better in the
+    end than at the start, the start is kept. `limit` bounds the texts, images or tokens that are read; by default what
+    the steps can take.
+
+    Returns `data` as given, `steps`, `trained` (numbers), `swap`, `divergence_before`, `divergence` (of the held-out
+    part, see `Distillation`), `outside` (the largest share of a site's inputs outside its core) and `seconds`. Raises
+    `OrthoactError` for data that do not fit or are too few.
+    """
+    model = source.model
+    if steps < 1:
+        raise OrthoactError(f"--steps {steps}: expected a positive whole number")
+    if limit is None:  # what the steps can take, and the tenth
+        limit = ceil(steps * batch_size / 0.9) * (LENGTH if predicts_next(model) else 1)
+    inputs = batches(source, data, limit=limit, size=batch_size, seed=seed, flag="--recover")
+    training, held = _split(_windows(inputs, batch_size))
+    train = Train(
+        loss="distill",
+        what=what,
+        max_steps=steps,
+        learning_rate=weight_rate,
+        activation_learning_rate=rate,
+        batch_size=1,
+        dropout=False,
+        log_every=steps,
+        evaluate_every=max(1, ceil(steps / 4)),
+        save_every=steps,
+    )
+    accelerator = make_accelerator(Recipe(train=train), None, None)
+    trainable = choose(model, what, learning_rate=weight_rate, activation_learning_rate=rate, head=False)
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    taught = Distillation(model)
+    objective = Objective(model, taught.loss)
+    if swap == "auto":
+        with torch.no_grad():
+            first = taught.loss(model, {k: v.to(next(model.parameters()).device) for k, v in held[0].items()})
+        swap = None if first.item() < COARSE else "sites"
+    if swap is not None:
+        taught.swap = Swap(model, swap, steps=max(1, steps // 2))
+    sites: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder, Monitor(model) as monitor:
+        job = Job(
+            objective=objective,
+            groups=trainable.groups,
+            stream=Stream(training, steps, seed),
+            validation=held,
+            collate=_only,
+            task="divergence",
+            train=train,
+            states=States(Path(folder)),
+            monitor=monitor,
+            log=lambda values: sites.update(values.get("sites", {})),
+            show=lambda step, loss, figures: progress(step, steps) if progress else None,
+            begin=taught.begin,
+            seed=seed,
+        )
+        found = loop(job, accelerator)
+    before, after = found["zero_step"]["loss"], (found["best"] or found["validation"])["loss"]
+    if not after < before:
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name in start:
+                    p.copy_(start[name])
+    trainable.finish()
+    model.eval()
+    return {
+        "data": str(data),
+        "steps": steps,
+        "trained": trainable.total,
+        "swap": swap,
+        "divergence_before": before,
+        "divergence": min(before, after),
+        "outside": max((row["outside"] for row in sites.values()), default=0.0),
+        "seconds": found["seconds"],
+    }
+
+
+class _Batches:
+    """Batches of inputs as a split of the loop: each is one example."""
+
+    def __init__(self, items: list[dict[str, Tensor]]):
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return self.items[i]
+
+    def trained(self, i: int, epoch: int, seed: int) -> dict[str, Tensor]:
+        return self.items[i]
+
+
+def _only(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return examples[0]
+
+
+def _windows(inputs: Batches, size: int) -> list[dict[str, Tensor]]:
+    """The batches; the text of a causal model as `size` windows of `LENGTH` tokens each."""
+    if inputs.unit != "tokens":
+        return [{k: v for k, v in item.items() if k != "labels"} for item in inputs]
+    ids = torch.cat([item["input_ids"].flatten() for item in inputs])
+    length = min(LENGTH, max(2, len(ids) // 2))
+    return [{"input_ids": part} for part in ids[: len(ids) // length * length].view(-1, length).split(size)]
+
+
+def _split(items: list[dict[str, Tensor]]) -> tuple[_Batches, _Batches]:
+    """The batches that are trained on, and the last tenth, which is held out."""
+    if len(items) < 2:  # one batch: its first rows are trained on, its last are held out
+        rows = min(len(next(iter(item.values()))) for item in items)
+        if rows < 2:
+            raise OrthoactError("--recover: expected at least two texts, images or windows of text; give more data")
+        cut = max(1, rows // 2)
+        items = [{k: v[part] for k, v in items[0].items()} for part in (slice(cut), slice(cut, None))]
+    kept = max(1, len(items) // 10)
+    return _Batches(items[:-kept]), _Batches(items[-kept:])

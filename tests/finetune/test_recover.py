@@ -1,0 +1,103 @@
+"""Recovery in one go: `convert --recover`, for every kind of model, on the package's own loop."""
+
+import json
+
+import tiny_models as tiny
+import torch
+from click.testing import CliRunner
+from pytest import fixture, mark, raises
+
+from orthoact import Activation, OrthoactError, convert_, evaluate, load
+from orthoact.cli import main
+from orthoact.convert.sources import Source, demo_folder, load_source
+from orthoact.finetune.recover import recover
+
+TEXT = "It is not a matter of taste whether the server restarts: the log of the morning says that it did. "
+
+
+@fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "mails.txt"
+    path.write_text("\n\n".join(f"{i}. {TEXT}" for i in range(300)))
+    return path
+
+
+@fixture(scope="module")
+def images(tmp_path_factory):
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("images")
+    pixels = torch.randint(0, 255, (24, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image.numpy()).save(folder / f"{i}.png")
+    return folder
+
+
+def test_convert_with_recover_writes_a_better_folder(text, tmp_path):
+    base = ["convert", "demo", "--degree", "3", "--json"]
+    done = CliRunner().invoke(main, [*base, "-o", str(tmp_path / "plain")])
+    assert done.exit_code == 0, done.output
+    command = [*base, "--recover", str(text), "--steps", "12", "--batch-size", "2", "-o", str(tmp_path / "out")]
+    taught = CliRunner().invoke(main, command)
+    assert taught.exit_code == 0, taught.output
+    before, after = json.loads(done.stdout), json.loads(taught.stdout)
+    found = after["recovery"]
+    assert found["steps"] == 12 and found["trained"] == 24 and found["swap"] == "sites"
+    assert found["divergence"] < found["divergence_before"] / 2
+    assert after["fidelity"]["kl"] < before["fidelity"]["kl"] / 4
+    assert json.loads((tmp_path / "out" / "orthoact.json").read_text())["recovery"] == found
+    model, original = load(tmp_path / "out"), load(demo_folder())
+    again = evaluate(str(tmp_path / "out"))
+    assert abs(again["kl"] - after["fidelity"]["kl"]) < 1e-6
+    weights = dict(original.named_parameters())
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters() if n in weights)
+    assert all(m.theta.any() for m in model.modules() if isinstance(m, Activation))
+
+
+@mark.parametrize("kind", ["timm", "transformers"])
+def test_images_and_encoders_without_labels(kind, images, tmp_path):
+    if kind == "timm":
+        source = Source(tiny.timm_model("vit-headless"), "vit", "timm", None)
+        source.model.pretrained_cfg = {**source.model.pretrained_cfg, "input_size": (3, 32, 32)}
+    else:
+        from transformers import ViTImageProcessor
+
+        ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+        source = Source(tiny.hf("vit"), "vit", "transformers", tmp_path)
+    convert_(source.model, degree=3)
+    untouched = {n: p.detach().clone() for n, p in source.model.named_parameters() if not n.endswith("theta")}
+    found = recover(source, images, steps=10, batch_size=4, swap=None)
+    assert found["divergence"] < found["divergence_before"]
+    assert all(torch.equal(p, untouched[n]) for n, p in source.model.named_parameters() if n in untouched)
+    assert not source.model.training
+
+
+def test_the_start_is_kept_where_training_makes_it_worse(text):
+    source = load_source("demo")
+    convert_(source.model, degree=8)
+    found = recover(source, text, steps=2, batch_size=2, rate=5.0, swap=None)
+    assert found["divergence"] == found["divergence_before"]
+    assert not any(m.theta.any() for m in source.model.modules() if isinstance(m, Activation))
+
+
+def test_the_same_seed_gives_the_same_model(text):
+    thetas = []
+    for _ in range(2):
+        source = load_source("demo")
+        convert_(source.model, degree=4)
+        recover(source, text, steps=3, batch_size=2, seed=3)
+        thetas.append(torch.cat([m.theta.detach() for m in source.model.modules() if isinstance(m, Activation)]))
+    assert torch.equal(*thetas)
+
+
+def test_data_that_do_not_fit(text, tmp_path):
+    source = load_source("demo")
+    with raises(OrthoactError, match="has no learnable activation"):
+        recover(source, text, steps=1)
+    convert_(source.model, degree=4)
+    with raises(OrthoactError, match=r"--recover .*there is no such file"):
+        recover(source, tmp_path / "nothing.txt")
+    done = CliRunner().invoke(main, ["convert", "demo", "--steps", "3", "-o", str(tmp_path / "out")])
+    assert done.exit_code == 2 and "--recover" in done.output
+    done = CliRunner().invoke(main, ["convert", "demo", "--recover", "nowhere.txt", "-o", str(tmp_path / "out")])
+    assert done.exit_code == 1 and "there is no such file" in done.output and not (tmp_path / "out").exists()
