@@ -165,8 +165,7 @@ class Activation(nn.Module):
     @property
     def coefficients(self) -> Tensor:
         """The plain coefficients of the series, lowest degree first: shape (n+1,) or (groups, n+1), differentiable."""
-        # elementwise and a sum: a matrix product would run in bfloat16 under autocast
-        return self.start + (self.transform * self.theta.unsqueeze(-2)).sum(-1)
+        return self.start + _times(self.transform, self.theta)
 
     def curve(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Values and slopes at `x` in float64, for `variance.moments`; without groups."""
@@ -200,8 +199,8 @@ class Activation(nn.Module):
         In float64, and then rounded: the conversion has large entries; and autocast leaves it alone.
         """
         wide = torch.float64
-        a = self.start.to(wide) + self.theta.to(wide) @ self.transform.to(wide).mT
-        core = a if self._conversion is None else a @ self._conversion.to(a.device).mT
+        a = self.start.to(wide) + _times(self.transform.to(wide), self.theta.to(wide))
+        core = a if self._conversion is None else _times(self._conversion.to(a.device), a)
         if self.tails == "linear":
             slopes = self.core_slopes(a) + self.jumps.to(wide)
             ends, joints = [-slopes[..., :1], slopes[..., 1:]], [self.lo.to(wide), self.hi.to(wide)]
@@ -230,6 +229,14 @@ class Activation(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(keep_dtype, recurse)
+
+
+def _times(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """The product for vectors along the last axis, elementwise and a sum.
+
+    A matrix product would run in bfloat16 under autocast, and its last bits would depend on where the numbers lie.
+    """
+    return (matrix * vectors.unsqueeze(-2)).sum(-1)
 
 
 @contextmanager

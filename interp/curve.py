@@ -96,11 +96,10 @@ class Curve(torch.autograd.Function):
         steep = layout.flat(grad)
         flat, sums = run(family, layout, layout.flat(x), steep, layout.spread(numbers), frame, by_numbers)
         by_x = layout.restore(flat) if by_x else None
-        if sums is None:
-            return by_x, None, None, None, None, None
-        whole = torch.zeros_like(numbers)
-        sums = layout.gather(sums)
-        whole[..., : sums.shape[-1] - 2], whole[..., -2:] = sums[..., :-2], sums[..., -2:]
+        whole = torch.zeros_like(numbers) if by_numbers else None
+        if whole is not None and sums is not None:
+            sums = layout.gather(sums)
+            whole[..., : sums.shape[-1] - 2], whole[..., -2:] = sums[..., :-2], sums[..., -2:]
         return by_x, whole, None, None, None, None
 
 
@@ -138,20 +137,18 @@ def _total(part: Tensor, grad: Tensor, layout: Layout) -> Tensor:
 
 
 def _values_by_kernel(family: Family, layout: Layout, flat: Tensor, spread: Tensor, frame: Tensor) -> Tensor:
-    view = layout.tiles(flat)
+    view, held = layout.tiles(flat), spread.view(-1) if layout.kind == "one" else spread
     if layout.kind == "channel":
-        spread = spread.view(len(spread), view.shape[1], 1, view.shape[3])
-    elif layout.kind == "one":
-        spread = spread.view(-1)
+        held = spread.view(len(spread), view.shape[1], 1, view.shape[3])
 
     def run(x: Tensor, numbers: Tensor, frame: Tensor) -> Tensor:
         wide = x.to(numbers.dtype)
         return value(family, wide, list(numbers.unbind()), Frame(*frame.unbind())).to(x.dtype)
 
-    found = _kernel(run, "values", family, layout, [view], spread, frame)
+    found = _kernel(run, "values", family, layout, [view], held, frame)
     if found is None:
         return _values(family, layout, flat, spread, frame)
-    out = found(view, spread, frame)
+    out = found(view, held, frame)
     return (out.transpose(1, 2) if layout.kind == "channel" else out).reshape(-1)
 
 

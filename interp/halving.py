@@ -17,23 +17,22 @@ import numpy as np
 from .family import Array, fma
 
 LEAST = 5
-"""Numbers that are left to Horner's rule."""
+"""Numbers that may be left to Horner's rule."""
 
 
-def split(z: Array, level: int, reach: float) -> Array:
-    """The monic Chebyshev polynomial of degree 2^(level + 1), from that of half the degree."""
-    return z * z - 2 * (reach / 2) ** 2 ** (level + 1)
-
-
-def evaluate(numbers: list[Array], z: Array, reach: float, level: int = 0) -> Array:
+def evaluate(numbers: list[Array], z: Array, reach: float) -> Array:
     """The polynomial with these numbers, lowest degree first, at |z| <= reach.
 
-    >>> float(evaluate([1.0, 2.0, 0.0, 0.0, 0.0, 0.0, 1.0], np.array(0.5), reach=2.0))  # 1 + 2 z + u w
-    5.0625
+    >>> float(evaluate([1.0, 2.0, 0.0, 0.0, 0.0, 0.0, 1.0], np.array(0.5), reach=2.0))  # 1 + 2 z + (z^2 - 2)^3
+    -3.359375
     """
-    if len(numbers) > LEAST:
-        half = split(z, level, reach)
-        even, odd = (evaluate(numbers[i::2], half, reach, level + 1) for i in (0, 1))
+    return _evaluate(numbers, z, _shifts(len(numbers), reach))
+
+
+def _evaluate(numbers: list[Array], z: Array, shifts: list[float]) -> Array:
+    if shifts and len(numbers) > 1:
+        half = z * z - shifts[0]
+        even, odd = (_evaluate(numbers[i::2], half, shifts[1:]) for i in (0, 1))
         return fma(z, odd, even)
     value = numbers[-1] + z * 0 if len(numbers) == 1 else fma(z, numbers[-1], numbers[-2])
     for number in reversed(numbers[:-2]):
@@ -41,19 +40,29 @@ def evaluate(numbers: list[Array], z: Array, reach: float, level: int = 0) -> Ar
     return value
 
 
-def basis(size: int, z: Array, reach: float, level: int = 0) -> list[Array]:
+def basis(size: int, z: Array, reach: float) -> list[Array]:
     """What each of `size` numbers is multiplied by; the first is one."""
-    if size > LEAST:
-        half = split(z, level, reach)
-        even = basis((size + 1) // 2, half, reach, level + 1)
-        odd = [z, *(part * z for part in even[1 : size // 2])]
+    return _basis(size, z, _shifts(size, reach))
+
+
+def _basis(size: int, z: Array, shifts: list[float]) -> list[Array]:
+    if shifts and size > 1:
+        even = _basis((size + 1) // 2, z * z - shifts[0], shifts[1:])
         found = [even[0]] * size
-        found[0::2], found[1::2] = even, odd
+        found[0::2], found[1::2] = even, [z, *(part * z for part in even[1 : size // 2])]
         return found
     found = [z * 0 + 1, z]
     while len(found) < size:
         found.append(found[-1] * z)
     return found[:size]
+
+
+def _shifts(size: int, reach: float) -> list[float]:
+    """What is subtracted from the square of each monic Chebyshev polynomial to give the one of twice the degree."""
+    levels = 0
+    while size > LEAST << levels:
+        levels += 1
+    return [2 * (reach / 2) ** 2 ** (level + 1) for level in range(levels)]
 
 
 def from_series(values: np.ndarray, nodes: np.ndarray, reach: float) -> np.ndarray:
