@@ -175,8 +175,8 @@ class Separable(Family):
 
     def settle(
         self, shape: list[float], location: float, scale: float, lo: float, hi: float
-    ) -> tuple[list[float], float, float]:
-        """Shape, location and scale in this family of a member of the relaxed one on a core from `lo` to `hi`."""
+    ) -> list[tuple[list[float], float, float]]:
+        """Shapes, locations and scales in this family near a member of the smoother one on a core from `lo` to `hi`."""
         raise NotImplementedError
 
 

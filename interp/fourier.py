@@ -154,7 +154,7 @@ class FreeFourier(Fourier):
         multiples = [[k * frequency for k in range(1, degree + 1)] for frequency in (0.8, 0.5)]
         halves = [[(k - 0.5) * frequency for k in range(1, degree + 1)] for frequency in (1.25, 1.0, 0.7)]
         # a frequency near zero makes a straight line, and lets the others lie between the multiples
-        lines = [[0.02, *((k + 0.55) * step for k in range(degree - 1))] for step in (0.7, 0.45)]
+        lines = [[0.02, *((k + 0.55) * step for k in range(degree - 1))] for step in (1.35, 1.0, 0.7, 0.45)]
         return [*multiples, *halves, *lines]
 
     def frequencies(self, shape, degree):

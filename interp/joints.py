@@ -14,7 +14,7 @@ from .problem import Problem, Side
 LOW = 7
 """The degree up to which all pairs of joints are scanned: one side may be worth more than the other."""
 
-STARTS = 2
+STARTS = 4
 """How many of them are improved."""
 
 

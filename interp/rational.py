@@ -67,17 +67,20 @@ class Rational(Separable):
     def relaxed(self) -> Separable | None:
         return Quotient()
 
-    def settle(self, shape: list[float], location: float, scale: float, lo: float, hi: float):
-        """Any D > 0 is D(m) (1 + |Q|) seen from the place m in the core where it is least."""
+    def settle(self, shape, location, scale, lo, hi):
+        """D (1 + |Q|) seen from the places in the core where D is least: the same, or nearly, where D > 0."""
         ends = (np.array([lo, hi]) - location) / scale
         d = np.polynomial.Polynomial([1.0, *shape])
         turns = d.deriv().roots() if len(shape) > 1 else np.zeros(0)
         turns = turns.real[(abs(turns.imag) < 1e-6) & (turns.real > ends[0]) & (turns.real < ends[1])]
-        places = np.concatenate([ends, turns, [0.0]])
-        least = float(np.float32(location + scale * places[np.argmin(d(places) + 1e-9 * places**2)]))
-        unit = float(np.float32(max(hi - least, least - lo)))
-        moved = d(np.polynomial.Polynomial([(least - location) / scale, unit / scale])).coef
-        return [float(v) for v in np.pad(moved[1:] / moved[0], (0, len(shape) + 1 - len(moved)))], least, unit
+        places = np.concatenate([ends, turns, [ends.mean()]])
+        found = []
+        for place in places[np.argsort(d(places) + 1e-9 * places**2, kind="stable")][:3]:
+            least = float(np.float32(location + scale * place))
+            unit = float(np.float32(max(hi - least, least - lo)))
+            moved = d(np.polynomial.Polynomial([(least - location) / scale, unit / scale])).coef
+            found.append((np.pad(moved[1:] / moved[0], (0, len(shape) + 1 - len(moved))).tolist(), least, unit))
+        return found
 
     def split(self, parameters: list[Array]) -> tuple[list[Array], list[Array]]:
         cut = len(parameters) // 2 + 1
@@ -165,10 +168,16 @@ class Quotient(Rational):
     centred = False
 
     def starts(self, degree, z, w, f):
-        """Every power in the denominator, or the even ones alone."""
+        """Every power in the denominator, or the even ones alone; poles above and below, to the left, to the right."""
         powers = [z**j for j in range(1, degree)]
         even = [power if j % 2 else None for j, power in enumerate(powers)]
-        return [self.linearised(degree, z, w, f, parts) for parts in ([powers, even] if degree > 2 else [powers])]
+        found = [self.linearised(degree, z, w, f, parts) for parts in ([powers, even] if degree > 2 else [powers])]
+        reach = 1.5 * abs(z).max()
+        line = np.polynomial.Polynomial([1.0, 1 / reach])
+        poles = np.polynomial.Polynomial([1.0, 0.0, 4.0 / (degree * abs(z).max() ** 2)]) ** ((degree - 1) // 2)
+        for d in (poles, line ** (degree - 1), line(np.polynomial.Polynomial([0.0, -1.0])) ** (degree - 1)):
+            found.append(np.pad(d.coef[1:], (0, degree - len(d.coef))).tolist())
+        return found
 
     def relaxed(self):
         return None

@@ -20,20 +20,23 @@ RADII = (1.5, 6.0)
 SHIFTS = (0.0, 0.4, 1.0, -0.4, -1.0)
 """Where z = 0 may lie in the core to start from, in half its length; one side will do where all is symmetric."""
 
-RACE = ((16, 6), (8, 12), (4, 40))
-"""How many starts are improved, by how many steps."""
+RACE = ((12, 6), (6, 10))
+"""How many starts are improved, by how many steps; then fewer of them."""
+
+SETTLE = ((12, 10), (6, 10))
+"""The same for those that come from a smoother family, together with those of the family itself."""
+
+HOPS, PLACES, SIZES = 2, 4, (0.05, 0.2, 0.5)
+"""How often hops are made (once after a smoother family), from how many of the best, and their relative sizes."""
+
+HOP = ((24, 6), (8, 12))
+"""How many hops are improved, by how many steps."""
+
+LAST = (3, 60)
+"""How many are improved on the fine nodes, by how many steps."""
 
 ONE = (2, 30, 5e-3)
 """How many starts of a family with one shape number are improved, by how many steps of at least which gain."""
-
-HOPS = (4, (24, 8), (6, 30))
-"""From how many places to hop, and how many hops are improved, by how many steps."""
-
-SIZES = (0.05, 0.2, 0.5)
-"""Relative sizes of the hops."""
-
-LAST = (3, 40)
-"""How many are improved on the fine nodes, by how many steps."""
 
 SAME = 1e-3
 """Starts whose J differ by less than this share are taken for the same valley."""
@@ -66,37 +69,39 @@ def search_shapes(p: Problem, sides: tuple[Side, Side]) -> Found:
         return _found(fine, begun[exact[:1]])
     if race.shapes == 1:  # one valley, and no poles
         return _found(race, _best(race.improve(_best(begun, ONE[0]), *ONE[1:]), 1))
-    ends = [_run(race, begun, 2 if smooth else 1)]
+    found = _run(race, begun, RACE)
     if smooth is not None:
         other = Race(p, smooth, sides, COARSE)
-        ends.append(_settle(race, _run(other, other.evaluate(*_starts(p, other)), 1), other))
-    found = _join(race, ends)
-    best = _best(_join(fine, [found, _hop(race, _best(found, HOPS[0]))]), LAST[0])
+        settled = _settle(race, _run(other, other.evaluate(*_starts(p, other)), RACE), other)
+        found = _run(race, _join(race, [found, settled]), SETTLE)
+    for seed in range(HOPS if smooth is None else 1):
+        hops = _run(race, _hop(race, _best(found, PLACES), seed), HOP)
+        found = _join(race, [found, hops])
+    best = _best(_join(fine, [found]), LAST[0])
     # terms that cancel each other are worth a thousandth of the error, not the rounding of the copy
     fine.rounding = max(ROUNDING, 1e-3 * float(best.value[0]) ** 0.5)
     return _found(fine, _best(fine.improve(fine.evaluate(best.frame, best.alpha), LAST[1]), 1))
 
 
-def _run(race: Race, state: State, share: int) -> State:
-    for kept, steps in RACE:
-        state = race.improve(_best(state, kept // share), steps)
-    return _best(state, LAST[0])
+def _run(race: Race, state: State, stages: tuple[tuple[int, int], ...]) -> State:
+    for kept, steps in stages:
+        state = race.improve(_best(state, kept), steps)
+    return state
 
 
 def _join(race: Race, states: list[State]) -> State:
     return race.evaluate(*(np.concatenate([getattr(s, name) for s in states]) for name in ("frame", "alpha")))
 
 
-def _hop(race: Race, state: State) -> State:
-    """Where hops of several sizes from these places lead to."""
-    count = HOPS[1][0]
+def _hop(race: Race, state: State, seed: int) -> State:
+    """Hops of several sizes from these places."""
+    count = HOP[0][0]
     rows = np.arange(count) % len(state.value)
     size = np.array(SIZES)[np.arange(count) // len(state.value) % len(SIZES), None]
-    far = 1 + size * np.random.default_rng(0).normal(size=(count, state.alpha.shape[1]))
-    hops = race.evaluate(state.frame[rows], state.alpha[rows] * far)
-    for kept, steps in HOPS[1:]:
-        hops = race.improve(_best(hops, kept), steps)
-    return hops
+    frame, alpha = state.frame[rows], state.alpha[rows]
+    origin = np.where(np.arange(alpha.shape[1]) < race.inner, 0.0, frame[:, :1])  # joints move about the location
+    step = size * np.random.default_rng(seed).normal(size=alpha.shape)
+    return race.evaluate(frame, alpha + step * (alpha - origin))
 
 
 def _best(state: State, most: int) -> State:
@@ -111,9 +116,9 @@ def _settle(own: Race, state: State, race: Race) -> State:
     family, n = own.family, race.shapes
     frames, alphas = [], []
     for (location, scale), alpha, joints in zip(state.frame, state.alpha, race.joints(state.alpha), strict=True):
-        shape, *frame = family.settle(alpha[:n].tolist(), location, scale, *joints.tolist())
-        frames.append(frame)
-        alphas.append(np.concatenate([shape, [0.0] * family.centred, alpha[race.inner :]]))
+        for shape, *frame in family.settle(alpha[:n].tolist(), location, scale, *joints.tolist()):
+            frames.append(frame)
+            alphas.append(np.concatenate([shape, [0.0] * family.centred, alpha[race.inner :]]))
     return own.evaluate(np.array(frames), np.array(alphas))
 
 
