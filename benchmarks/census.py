@@ -435,8 +435,8 @@ def is_open(row: dict[str, Any]) -> bool:
     trip = row.get("trip", {})
     left = " ".join(row.get("left", {}))
     return bool(
-        not row.get("built")
-        and "trip" not in row
+        (not row.get("built")
+        and "trip" not in row)
         or "blind" in left
         or "proper" in left
         or trip.get("silent")
@@ -462,7 +462,7 @@ def run(only: str, again: str, most: int) -> None:
         stage = smallest() if stage is None else stage
         known = read()
         redo = {
-            n for n, row in known.items() if again and (again in json.dumps(row) or again == "open" and is_open(row))
+            n for n, row in known.items() if again and (again in json.dumps(row) or (again == "open" and is_open(row)))
         }
         todo = [n for n in stage if fnmatch.fnmatch(n, only) and (n not in known or n in redo)]
         todo, most = todo[:most], most - len(todo[:most])
