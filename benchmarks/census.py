@@ -435,8 +435,7 @@ def is_open(row: dict[str, Any]) -> bool:
     trip = row.get("trip", {})
     left = " ".join(row.get("left", {}))
     return bool(
-        (not row.get("built")
-        and "trip" not in row)
+        (not row.get("built") and "trip" not in row)
         or "blind" in left
         or "proper" in left
         or trip.get("silent")

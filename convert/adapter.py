@@ -230,8 +230,9 @@ class OrthoactModel(LoraModel):
             super()._replace_module(parent, child_name, new_module, child)
 
     def _unload_and_optionally_merge(self, merge=True, *args, **kwargs):
-        records = [self.peft_config[name].orthoact for name in kwargs.get("adapter_names") or self.active_adapters]
-        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        names = kwargs.get("adapter_names") or self.active_adapters
+        records = [cast(OrthoactConfig, self.peft_config[name]).orthoact for name in names]
+        model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         for path, layer in list(model.named_modules(remove_duplicate=False)):
             if isinstance(layer, ActivationLayer):  # at a further place of a shared one
                 held = layer.base_layer

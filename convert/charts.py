@@ -160,15 +160,16 @@ def chart(
 
     `key` finds the numbers that the page shows under the pointer.
     """
-    across = _told(x.ticks()) if x is not None and not names else list(names)
-    marks = [
-        f'<span class="tx" style="left:{x.at(v) / 10:.2f}%">{escape(t)}</span>' for v, t in across if x is not None
-    ]
+    marks = []
+    if x is not None:
+        across = list(names) or _told(x.ticks())
+        marks = [f'<span class="tx" style="left:{x.at(v) / 10:.2f}%">{escape(t)}</span>' for v, t in across]
     if y is not None:
         marks += [
             f'<span class="ty" style="top:{100 - y.at(v) / 10:.2f}%">{escape(t)}</span>' for v, t in _told(y.ticks())
         ]
-        for a, b, text in labels if x is not None else ():
+    if x is not None and y is not None:
+        for a, b, text in labels:
             right, height = x.at(a) > 0.6 * SIZE, 100 - y.at(b) / 10
             side, gap = ("right", 100 - x.at(a) / 10) if right else ("left", x.at(a) / 10)
             place = f"{side}:{gap:.2f}%;top:{height:.2f}%"

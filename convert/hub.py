@@ -131,7 +131,12 @@ def push(
 
 def _retried(step: Callable[[], T], repo: str, wait: float) -> T:
     """The result of a step that may meet a fault of the network; what is no such fault becomes one sentence."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # of httpx or httpx2, as the client has it
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
 
     last: Exception = RuntimeError("never tried")
     for attempt in range(ATTEMPTS):

@@ -153,7 +153,7 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[tuple]
         for key, value in row.items():
             if isinstance(value, str | int | float):
                 put({"row": "what trains", "trainable": "numbers"}.get(key, key.replace("_", " ")), i, key)
-            elif key in SPLITS and metric in value:
+            elif metric and key in SPLITS and metric in value:
                 put(f"{metric}, {SPLITS[key]}", i, key, metric)
     told = [(row["row"], float(row["trainable"]), row["test"][metric]) for row in rows if metric in row.get("test", {})]
     if len(told) < 2:

@@ -57,10 +57,11 @@ class Fourier(Separable):
         angle = w * z[..., None]
         c, s = np.cos(angle), np.sin(angle)
         turned = b * c - a * s
-        by_frequency = z[..., None] * turned, turned - w * z[..., None] * (a * c + b * s)
+        value, slope = z[..., None] * turned, turned - w * z[..., None] * (a * c + b * s)
         if shape.shape[1] == n:
-            return by_frequency
-        return tuple(part @ np.arange(1.0, n + 1)[:, None] for part in by_frequency)
+            return value, slope
+        orders = np.arange(1.0, n + 1)[:, None]
+        return value @ orders, slope @ orders
 
     def waves(self, shape: list[Array], z: Array, degree: int) -> tuple[list[Array], list[Array], list[Array]]:
         """Cosines and sines of each harmonic, and its frequency."""

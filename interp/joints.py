@@ -58,7 +58,8 @@ def search_joints(p: Problem, sides: tuple[Side, Side]) -> tuple[float, float]:
         values = objective(*pairs.T)
         ends = [pattern_search(p, objective, lo, hi, fixed, value)]
         for i in np.argsort(values, kind="stable")[:STARTS]:  # finite: so is that of the scan
-            ends.append(pattern_search(p, objective, *pairs[i].tolist(), fixed, float(values[i])))
+            lo, hi = pairs[i].tolist()
+            ends.append(pattern_search(p, objective, lo, hi, fixed, float(values[i])))
         return ends[int(np.argmin(objective(*np.array(ends).T)))]
     if not symmetric and not exact:
         lo, hi = pattern_search(p, objective, lo, hi, fixed, value)

@@ -189,10 +189,10 @@ class Race:
             n = now.alpha.shape[1]
             scale[rows] = np.maximum(scale[rows], np.linalg.norm(now.jacobian, axis=1)) + 1e-30
             both = np.concatenate([now.jacobian / scale[rows, None], now.residual[..., None]], axis=2)
-            small = np.linalg.qr(both, mode="r")
+            small = np.asarray(np.linalg.qr(both, mode="r"))
             a, b = small[:, :n, :n], small[:, :n, n:]
             q, r = np.linalg.qr(np.concatenate([a, np.sqrt(damping[rows])[:, None, None] * np.eye(n)], axis=1))
-            step = -np.linalg.solve(r + 1e-14 * np.eye(n), q[:, :n].swapaxes(1, 2) @ b)
+            step = -np.linalg.solve(r + 1e-14 * np.eye(n), np.swapaxes(q[:, :n], 1, 2) @ b)
             expected = (b**2).sum(axis=(1, 2)) - ((a @ step + b) ** 2).sum(axis=(1, 2))
             trial = self.evaluate(now.frame, now.alpha + step[..., 0] / scale[rows])
             gain = now.value - trial.value

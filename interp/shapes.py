@@ -147,7 +147,7 @@ def _starts(p: Problem, race: Race) -> tuple[np.ndarray, np.ndarray]:
             for shape in family.starts(p.degree, (x[0] - frame[0]) / frame[1], w[0], f):
                 frames.append(frame)
                 alphas.append([*shape, *([0.0] if family.centred else []), *((lo, hi)[i] for i in race.free)])
-    return np.float32(frames).astype(float), np.array(alphas)
+    return np.array(frames, dtype=np.float32).astype(float), np.array(alphas)
 
 
 def _joints(p: Problem, sides: tuple[Side, Side]) -> list[tuple[float, float]]:
