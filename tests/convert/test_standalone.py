@@ -203,7 +203,7 @@ def test_missing_numbers_are_refused_without_orthoact(saved, tmp_path):
             damaged = {
                 "lacks": {k: v for k, v in tensors.items() if k != at},
                 "NaN": tensors | {at: tensors[at] * torch.nan},
-                "size": tensors | {at: tensors[at].repeat(2) if tensors[at].dim() else tensors[at].repeat(2)},
+                "size": tensors | {at: tensors[at].repeat(2)},
             }
             for what, changed in damaged.items():
                 folder = shutil.copytree(root / name, tmp_path / f"{name}-{key}-{what}")
