@@ -1,4 +1,4 @@
-"""Runs of a table on several processes at once: every row at every rate with the first seed, the best rate with the rest.
+"""Runs of a table on several processes: every row at every rate with the first seed, at the best with the others.
 
 A file of cells is written after every run; what it holds already is not run again.
 """

@@ -1,4 +1,4 @@
-"""Learnable activations beside norms, biases and LoRA on downstream tasks: the shipped recipes, every row treated alike.
+"""Learnable activations beside norms, biases and LoRA on downstream tasks, every row of a recipe treated alike.
 
     python tests/real_models.py                        # fetch the models and data (third parties' uploads)
     python benchmarks/downstream.py --tasks gpt2       # writes benchmarks/downstream-gpt2.{json,png} and downstream.md
