@@ -33,7 +33,7 @@ MODELS = {
         {"train.max_steps": 600, "data.validation_limit": 1000, "data.test_limit": 2000},
     ),
 }
-RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2)
 
 
