@@ -1,4 +1,4 @@
-"""Runs of a table on several processes at once: every row at every rate with the first seed, the best rate with the rest.
+"""Runs of a table on several processes: every row at every rate with the first seed, at the best with the others.
 
 A file of cells is written after every run; what it holds already is not run again.
 """
@@ -54,23 +54,24 @@ class Table:
                 yield row, [c for c in cells if c["row"] == row and c["rate"] == rate]
 
     def todo(self, cells: list[Cell]) -> list[tuple[str, float, int]]:
-        """The runs that can be started now."""
+        """The runs that can be started now, row by row."""
         done = {(c["row"], c["rate"], c["seed"]) for c in cells}
-        wanted = [(row, rate, self.seeds[0]) for row in self.rows for rate in self.rates]
+        wanted = []
         for row in self.rows:
-            if (rate := self.best(cells, row)) is not None:
-                wanted += [(row, rate, seed) for seed in self.seeds[1:]]
+            rate = self.best(cells, row)
+            wanted += [(row, rate, self.seeds[0]) for rate in self.rates]
+            wanted += [(row, rate, seed) for seed in self.seeds[1:]] if rate is not None else []
         return [one for one in wanted if one not in done]
 
-    def fill(self, jobs: int = 1, told: Callable[[], None] = lambda: None) -> None:
-        """Run what is missing on so many processes; `told` is called after every cell."""
+    def fill(self, jobs: int = 1) -> None:
+        """Run what is missing on so many processes."""
         cells, asked = self.cells(), {}
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread) as pool:
             while True:
-                for one in self.todo(cells):
-                    if one not in asked.values():
-                        asked[pool.submit(_run, self.run, *one)] = one
+                ready = [one for one in self.todo(cells) if one not in asked.values()]
+                for one in ready[: jobs - len(asked)]:
+                    asked[pool.submit(_run, self.run, *one)] = one
                 if not asked:
                     return
                 for done in wait(asked, return_when=FIRST_COMPLETED).done:
@@ -80,7 +81,6 @@ class Table:
                     new = self.file.with_suffix(".new")
                     new.write_text(json.dumps({"cells": cells}, indent=1) + "\n")
                     os.replace(new, self.file)
-                told()
 
 
 def _one_thread() -> None:

@@ -1,4 +1,4 @@
-"""Learnable activations beside norms, biases and LoRA on downstream tasks: the shipped recipes, every row treated alike.
+"""Learnable activations beside norms, biases and LoRA on downstream tasks, every row of a recipe treated alike.
 
     python tests/real_models.py                        # fetch the models and data (third parties' uploads)
     python benchmarks/downstream.py --tasks gpt2       # writes benchmarks/downstream-gpt2.{json,png} and downstream.md
@@ -56,6 +56,7 @@ TASKS = {
             "data.test_limit": 2000,
             "data.augment": False,
             "train.max_steps": 280,
+            "train.evaluation_batch_size": 100,
             "train.lora_targets": ["attn.qkv"],
         },
         groups=192,
@@ -65,7 +66,7 @@ TASKS = {
     "minilm": Task(
         "all-MiniLM-L6-v2 on SpamAssassin, 128 tokens, 1,000 training mails",
         "text-minilm",
-        {"data.train_limit": 1000, "train.max_steps": 190},
+        {"data.train_limit": 1000, "train.max_steps": 190, "train.evaluation_batch_size": 100},
         groups=192,
         late="*layer.[345].*",
     ),

@@ -180,10 +180,10 @@ def markdown(folder: Path) -> str:
     """The tables of what is there."""
     lines = ["# Recovery by self-distillation", "", *(__doc__ or "").split("\n\n")[-1].strip().split("\n")]
     lines += [
-        f"{STEPS} steps of {BATCH} windows of {LENGTH} tokens: {STEPS * BATCH * LENGTH:,} tokens. Rates of the activations:"
-        f" {', '.join(f'{r:g}' for r in RATES)}, of norms 3e-4 (in controls 0.03",
-        f"of it); {len(SEEDS)} seeds, ± is the deviation over them. Change of the perplexity in per cent, KL to the original",
-        f"per token in nats, on {EVALUATE:,} tokens at most.",
+        f"{STEPS} steps of {BATCH} windows of {LENGTH} tokens: {STEPS * BATCH * LENGTH:,} tokens. Rates of the"
+        f" activations: {', '.join(f'{r:g}' for r in RATES)}, of norms 3e-4 (in controls 0.03",
+        f"of it); {len(SEEDS)} seeds, ± is the deviation over them. Change of the perplexity in per cent,",
+        f"KL to the original per token in nats, on {EVALUATE:,} tokens at most.",
     ]
     for name, (title, *_) in MODELS.items():
         table = table_of(name, folder)

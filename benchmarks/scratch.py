@@ -30,10 +30,15 @@ MODELS = {
     "convnext": (
         "a ConvNeXt of 5 blocks on Fashion-MNIST, 2,000 images",
         "scratch-convnext",
-        {"train.max_steps": 600, "data.validation_limit": 1000, "data.test_limit": 2000},
+        {
+            "train.max_steps": 600,
+            "data.validation_limit": 1000,
+            "data.test_limit": 2000,
+            "train.evaluation_batch_size": 100,
+        },
     ),
 }
-RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2)
 
 
