@@ -1,11 +1,14 @@
 """The census: every model type of transformers and every architecture of timm, audited, converted and reloaded.
 
-    python benchmarks/census.py run [--only GLOB] [--again]   # resumable: rows are appended to census.jsonl
-    python benchmarks/census.py table                         # writes census.md from census.jsonl
+    python benchmarks/census.py run [--only GLOB] [--again TEXT] [--jobs N]   # resumable: appends to census.jsonl
+    python benchmarks/census.py table                                         # writes census.md and census.json
 
-For each model the audit tells the sites (with `--include-heads`), what is left and why. Every model that fits into
-memory and takes a made-up input also makes the round trip: convert, save, reload bit-equal, see the output change when
-each site is perturbed, fail where orthoact is absent. Of timm, the smallest architecture of each source file does.
+Of each model type of transformers the class with the most in it and the base model are built, of timm every
+architecture. For each model the audit tells the sites (with `--include-heads`), what is left and why. Every model that
+fits into memory and takes a made-up input also makes the round trip: convert, save, reload bit-equal, see the output
+change when each site is perturbed, fail where orthoact is absent. Of timm, the smallest architecture of each source
+file does.
+A second pass, which sees the operators themselves below every Python function, checks that none is missing.
 """
 
 from __future__ import annotations
@@ -14,16 +17,19 @@ import argparse
 import collections
 import contextlib
 import fnmatch
-import io
+import gc
+import itertools
 import json
 import logging
+import multiprocessing
+import multiprocessing.connection
 import os
+import re
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -32,9 +38,11 @@ HERE = Path(__file__).parent
 ROWS, TABLE = HERE / "census.jsonl", HERE / "census.md"
 LIMIT = 60_000_000
 """Numbers of a model that is built in memory; larger ones stay on the meta device."""
-SECONDS = 120
-"""For one row."""
-BATCH = 40
+SECONDS = 60
+"""Of processor time for one row."""
+STUCK = 900
+"""Seconds after which a row that does nothing is given up."""
+BATCH = 50
 """Rows that one process does."""
 
 
@@ -42,7 +50,7 @@ BATCH = 40
 
 
 def transformers_names() -> list[str]:
-    """`transformers:type/Class`: each model type with the class that holds most of it; `heads:` its further classes."""
+    """`transformers:type/Class`, the class of a model type that holds most of it, and `base:type/Class`, its trunk."""
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -62,17 +70,20 @@ def transformers_names() -> list[str]:
     order = [f"MODEL_FOR_{k}_MAPPING_NAMES" for k in first]
     order = [k for k in order if k in maps] + sorted(maps.keys() - {*order, "MODEL_MAPPING_NAMES"})
     order.append("MODEL_MAPPING_NAMES")
-    rows, heads, taken = [], [], set()
+    rows, trunks, taken = [], [], set()
     for kind in CONFIG_MAPPING_NAMES:
         classes: list[str] = []
         for key in order:
             named = maps[key].get(kind, ())
             classes += [named] if isinstance(named, str) else named
+        last = classes[-1:]
         classes = [c for c in dict.fromkeys(classes) if c not in taken] or classes[:1] or part_classes(kind)
         taken.update(classes)
         rows.append(f"transformers:{kind}/{(classes or ['?'])[0]}")
-        heads += [f"heads:{kind}/{c}" for c in classes[1:]]
-    return rows + heads
+        trunks += [
+            f"base:{kind}/{c}" for c in last if c in maps["MODEL_MAPPING_NAMES"].get(kind, ()) and c != classes[0]
+        ]
+    return rows + trunks
 
 
 def part_classes(kind: str) -> list[str]:
@@ -131,7 +142,7 @@ def transformers_row(name: str, library: str) -> dict[str, Any]:
         return row | {"built": None, "why": kept}
     size, found, model = best
     row |= {"built": size, "meta": next(model.parameters()).is_meta} | found
-    if library == "transformers" and not row["meta"] and found["ran"] and found["sites"]:
+    if not row["meta"] and found["ran"] and found["sites"]:
         row["trip"] = trip(model, lambda folder: type(model).from_pretrained(folder).eval())
     return row
 
@@ -196,15 +207,21 @@ def timm_trip(name: str) -> dict[str, Any]:
     return {"why": "takes no made-up image"}
 
 
+PROPER = ("gelu", "gelu_tanh", "gelu_10", "silu", "scaled_silu", "quick_gelu", "swish", "erf", "mish", "hardswish")
+RELUS = ("relu", "relu2", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "celu", "selu")
+FAMILY = re.compile(f"({'|'.join(PROPER + RELUS)})_?(\\(|$)")
+"""Names of activations proper: GELU, SiLU and quick GELU, ReLU and its kin."""
+
+
 def audited(model: Any) -> dict[str, Any]:
     """What `orthoact inspect --include-heads` says, as counts."""
-    import orthoact
+    from orthoact.convert.sites import _is_head, _trunk
     from orthoact.convert.surgeon import examine
 
     sites, left, seen = examine(model, include_heads=True)
-    trunk = orthoact.find_sites(model)
+    trunk = _trunk(model)
     kinds = collections.Counter(s.target.name for s in sites)
-    rows = collections.Counter()
+    rows: collections.Counter[str] = collections.Counter()
     for item in left:
         what = (
             "blind"
@@ -219,13 +236,89 @@ def audited(model: Any) -> dict[str, Any]:
             what = "trained"
         where = owner_of(model, item.where) if what in ("blind", "proper", "trained") else ""
         rows[f"{what}: {where}{' ' if where else ''}{item.function if what != 'blind' else item.reason[:160]}"] += 1
+    left_calls = collections.Counter()
+    for item in left:
+        if FAMILY.match(item.function):
+            left_calls[item.function] += item.calls
     return {
         "ran": seen.ran,
         "sites": len(sites),
-        "heads": len(sites) - len(trunk),
+        "heads": sum(_is_head(s.name, trunk) for s in sites),
         "targets": dict(kinds),
         "left": dict(rows),
+        "calls": sum(max(1, seen.calls.get(s.name, 0)) for s in sites if FAMILY.match(s.target.name)),
+        "left_calls": {k: n for k, n in left_calls.items() if n},
+        "unnamed": unnamed(model, sites, left) if seen.ran else {},
     }
+
+
+OPERATORS = {
+    **{"gelu": "gelu", "silu": "silu", "relu": "relu", "hardtanh": "relu6", "hardswish": "hardswish", "mish": "mish"},
+    **{"elu": "elu", "leaky_relu": "leaky_relu", "_prelu_kernel": "prelu", "rrelu_with_noise": "rrelu", "glu": "glu"},
+    **{"tanh": "tanh", "sigmoid": "sigmoid", "hardsigmoid": "hardsigmoid", "softplus": "softplus", "erf": "erf"},
+    **{"log_sigmoid_forward": "logsigmoid", "_transformer_encoder_layer_fwd": "fused", "threshold": "relu"},
+}
+"""Operators of torch's dispatcher that are activations, with the function that they come from."""
+ALSO = {
+    "relu6": ("relu6", "hardtanh"),
+    "elu": ("elu", "celu", "selu"),
+    "sigmoid": ("sigmoid", "silu", "quick_gelu", "scaled_silu"),
+    "logsigmoid": ("logsigmoid", "log_sigmoid"),
+    "silu": ("silu", "swish"),
+}
+
+
+def unnamed(model: Any, sites: list[Any], left: list[Any]) -> dict[str, int]:
+    """Operators that ran outside the sites more often than `left` says: by the dispatcher, not by names in Python."""
+    import torch
+    from torch import Tensor  # noqa: F401
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from orthoact.convert.audit import probe_batches
+    from orthoact.convert.calls import exposed
+
+    depth, ran = [0], collections.Counter()
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__.removesuffix("_") if hasattr(func, "overloadpacket") else ""
+            if not depth[0] and name in OPERATORS:
+                ran[OPERATORS[name]] += 1
+            return func(*args, **(kwargs or {}))
+
+    named: collections.Counter[str] = collections.Counter()
+    for item in left:
+        named[item.function.split("(")[0].removesuffix("_")] += item.calls
+    with exposed(model), torch.no_grad(), contextlib.ExitStack() as stack:
+        holders = {id(m): m for m in (model.get_submodule(s.name) for s in sites)}
+        holders |= {id(m): m for m in (there(model, i.where) for i in left) if m is not None and not len(m._modules)}
+        for module in holders.values():
+            stack.callback(module.register_forward_pre_hook(lambda *_: depth.__setitem__(0, depth[0] + 1)).remove)
+            hook = module.register_forward_hook(lambda *_: depth.__setitem__(0, depth[0] - 1), always_call=True)
+            stack.callback(hook.remove)
+        for batch in probe_batches(model):
+            ran.clear()
+            try:
+                with Operators():
+                    model(**batch)
+            except Exception:
+                depth[0] = 0
+                continue
+            break
+        else:
+            return {"pass": 1}
+    return {
+        op: n - sum(named[f] for f in ALSO.get(op, (op,)))
+        for op, n in ran.items()
+        if n > sum(named[f] for f in ALSO.get(op, (op,)))
+    }
+
+
+def there(model: Any, where: str) -> Any:
+    try:
+        return model.get_submodule(where) if where else None
+    except AttributeError:
+        return None
 
 
 def owner_of(model: Any, where: str) -> str:
@@ -379,47 +472,59 @@ def told(error: BaseException) -> str:
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
-def work(names: list[str]) -> None:
-    """In a process of its own: one row for each name, appended as it is made."""
+def prepare() -> None:
+    """Import all that is needed, once: every worker is a fork of this process."""
     warnings.simplefilter("ignore")
     os.environ["HF_HUB_OFFLINE"] = "1"
+    import timm
     import torch
     import transformers
 
-    import orthoact  # noqa: F401
+    import orthoact
 
+    orthoact.find_sites(torch.nn.Sequential(torch.nn.GELU()))
+    timm.create_model("resnet10t")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("orthoact").setLevel(logging.ERROR)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+
+
+def work(names: list[str], mark: Path) -> None:
+    """In a process of its own: one row for each name, appended as it is made."""
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
 
     def late(*_):
         raise TimeoutError(f"more than {SECONDS} s")
 
-    signal.signal(signal.SIGALRM, late)
+    signal.signal(signal.SIGPROF, late)
     for name in names:
-        clock = time.perf_counter()
-        marked(name)
-        signal.alarm(SECONDS)
+        clock = time.process_time()
+        mark.write_text(name)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of the processor: others may use it too
         library, _, rest = name.partition(":")
         try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                if library in ("transformers", "heads"):
-                    row = transformers_row(rest, library)
-                elif library == "timm":
-                    row = timm_row(rest)
-                else:
-                    row = {"library": "trip", "name": rest, "trip": timm_trip(rest)}
+            if library in ("transformers", "base"):
+                row = transformers_row(rest, library)
+            elif library == "timm":
+                row = timm_row(rest)
+            else:
+                row = {"library": "trip", "name": rest, "trip": timm_trip(rest)}
         except BaseException as error:  # the census goes on
             row = {"library": library, "name": rest, "built": None, "crash": told(error)}
-        signal.alarm(0)
-        row["seconds"] = round(time.perf_counter() - clock, 1)
-        with ROWS.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            row["at"] = [f"{f.name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)][-4:]
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        row["seconds"] = round(time.process_time() - clock, 1)
+        write(row)
 
 
-def marked(name: str) -> None:
-    Path(os.environ["CENSUS_MARK"]).write_text(name)
+def write(row: dict[str, Any]) -> None:
+    with ROWS.open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def read() -> dict[str, dict[str, Any]]:
@@ -438,6 +543,7 @@ def is_open(row: dict[str, Any]) -> bool:
         (not row.get("built") and "trip" not in row)
         or "blind" in left
         or "proper" in left
+        or row.get("unnamed")
         or trip.get("silent")
         or (trip and not (trip.get("equal") and trip.get("loud") and trip.get("original", True)))
     )
@@ -452,56 +558,57 @@ def smallest() -> list[str]:
     return sorted(f"trip:{name}" for _, name in best.values())
 
 
-def run(only: str, again: str, most: int) -> None:
-    warnings.simplefilter("ignore")
-    first = transformers_names()
-    names = [n for n in first if n.startswith("transformers")] + [f"timm:{n}" for n in timm_names()]
-    names += [n for n in first if n.startswith("heads")]
-    for stage in (names, None):
-        stage = smallest() if stage is None else stage
+def run(only: str, again: str, most: int, jobs: int) -> None:
+    prepare()
+    names = transformers_names()
+    first = [n for n in names if n.startswith("transformers")], [f"timm:{n}" for n in timm_names()]
+    for stage in (first, None, ([n for n in names if n.startswith("base")],)):
+        stage = stage or (smallest(),)
         known = read()
-        redo = {
-            n for n, row in known.items() if again and (again in json.dumps(row) or (again == "open" and is_open(row)))
-        }
-        todo = [n for n in stage if fnmatch.fnmatch(n, only) and (n not in known or n in redo)]
-        todo, most = todo[:most], most - len(todo[:most])
-        print(len(stage), "models,", len(todo), "to do", flush=True)
-        for i in range(0, len(todo), BATCH):
-            batch = todo[i : i + BATCH]
-            while batch:
-                size = len(read())
-                command = [sys.executable, __file__, "work", *batch]
-                mark = Path(tempfile.gettempdir()) / f"census-{os.getpid()}"
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    subprocess.run(
-                        command,
-                        timeout=SECONDS * 3 + 30 * len(batch),
-                        stdout=subprocess.DEVNULL,
-                        env={**os.environ, "CENSUS_MARK": str(mark)},
-                    )
-                done = set(read().keys()) if size < len(read()) or again else read().keys()
+        redo = {n for n, row in known.items() if again and (again in json.dumps(row) or again == "all")}
+        redo |= {n for n, row in known.items() if again == "open" and is_open(row)}
+        queues = []
+        for part in stage:
+            todo = [n for n in part if fnmatch.fnmatch(n, only) and (n not in known or n in redo)][:most]
+            print(len(part), "models,", len(todo), "to do", flush=True)
+            queues.append([todo[i : i + BATCH] for i in range(0, len(todo), BATCH)])
+        batches = [b for pair in itertools.zip_longest(*queues) for b in pair if b]
+        with tempfile.TemporaryDirectory() as folder:
+            spread(batches, jobs, Path(folder))
+
+
+def spread(batches: list[list[str]], jobs: int, folder: Path) -> None:
+    """Do the batches in so many processes; a row that ends its process is written down and the rest goes on."""
+    fork, serial = multiprocessing.get_context("fork"), itertools.count()
+    running: dict[Any, tuple[Any, list[str], Path]] = {}
+    while batches or running:
+        while batches and len(running) < jobs:
+            mark = folder / str(next(serial))
+            process = fork.Process(target=work, args=(batches[0], mark))
+            process.start()
+            running[process.sentinel] = process, batches.pop(0), mark
+        for sentinel in multiprocessing.connection.wait(list(running), timeout=30):
+            process, batch, mark = running.pop(sentinel)
+            process.join()
+            if process.exitcode:
                 last = mark.read_text()
-                rest = batch[batch.index(last) + 1 :] if last in batch else []
-                if last not in done:
-                    library, _, name = last.partition(":")
-                    with ROWS.open("a") as file:
-                        file.write(
-                            json.dumps({"library": library, "name": name, "built": None, "crash": "the process died"})
-                            + "\n"
-                        )
-                batch = rest
-            print(f"{i + BATCH}/{len(todo)}", time.strftime("%H:%M:%S"), flush=True)
+                library, _, name = last.partition(":")
+                write({"library": library, "name": name, "built": None, "crash": f"ended with {process.exitcode}"})
+                if rest := batch[batch.index(last) + 1 :]:
+                    batches.insert(0, rest)
+            print(len(batches), "batches left", time.strftime("%H:%M:%S"), flush=True)
+        for process, _, mark in running.values():
+            if mark.exists() and time.time() - mark.stat().st_mtime > STUCK:
+                process.kill()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("job", choices=["run", "work", "table"])
-    parser.add_argument("names", nargs="*")
+    parser.add_argument("job", choices=["run", "table"])
     parser.add_argument("--only", default="*")
-    parser.add_argument("--most", type=int, default=10**9, help="at most so many rows in this run")
-    parser.add_argument("--again", default="", help="also rows that hold this text; 'all'")
+    parser.add_argument("--most", type=int, default=10**9, help="at most so many rows of each kind in this run")
+    parser.add_argument("--again", default="", help="also rows that hold this text; 'open'; 'all'")
+    parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
-    if arguments.job == "work":
-        work(arguments.names)
-    elif arguments.job == "run":
-        run(arguments.only, arguments.again, arguments.most)
+    if arguments.job == "run":
+        run(arguments.only, arguments.again, arguments.most, arguments.jobs)

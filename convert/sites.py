@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from types import BuiltinFunctionType, FunctionType
 
 import numpy as np
 import torch
@@ -166,8 +167,31 @@ def _grid() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 def _probe(module: nn.Module) -> Target | None:
     """What a leaf without parameters computes, if it is an elementwise function that is not linear."""
+    key = _settings(module)
+    if key in _probed:
+        return _probed[key]
     with torch.device("cpu"):  # also while a model is built on the meta device
-        return _recognise_values(module)
+        target = _recognise_values(module)
+    if key is not None and (target is None or target.name in TARGETS):
+        _probed[key] = target
+    return target
+
+
+_probed: dict[tuple, Target | None] = {}
+"""What leaves of a library's class with these settings compute: a deep model has hundreds that are alike."""
+
+
+def _settings(module: nn.Module) -> tuple | None:
+    """The class of a leaf with its plain settings, None where it holds anything else."""
+    kept = {k: v for k, v in vars(module).items() if k != "training" and not (k.startswith("_") and not v)}
+    kept.pop("_is_full_backward_hook", None)
+    plain = all(
+        isinstance(v, bool | int | float | str | BuiltinFunctionType | None)
+        or (isinstance(v, FunctionType) and not v.__closure__)
+        for v in kept.values()
+    )
+    library = type(module).__module__.split(".")[0] in ("torch", "transformers", "timm", __package__.split(".")[0])
+    return (type(module), *sorted(kept.items())) if plain and library else None
 
 
 def _recognise_values(module: nn.Module) -> Target | None:

@@ -43,7 +43,7 @@ class Activation(nn.Module):
     >>> from .fit import fit
     >>> act = Activation.from_fit(fit("gelu"))
     >>> x = torch.linspace(-20, 20, 101)
-    >>> torch.allclose(act(x), F.gelu(x), atol=0.01)
+    >>> torch.allclose(act(x), nn.functional.gelu(x), atol=0.01)
     True
 
     Raises `OrthoactError` for an unknown family, a wrong degree, tails or number of groups.
@@ -167,6 +167,12 @@ class Activation(nn.Module):
         """The plain coefficients of the series, lowest degree first: shape (n+1,) or (groups, n+1), differentiable."""
         return self.start + _times(self.transform, self.theta)
 
+    @property
+    def exact_coefficients(self) -> Tensor:
+        """The coefficients in float64, not rounded: those that are evaluated."""
+        wide = torch.float64
+        return self.start.to(wide) + _times(self.transform.to(wide), self.theta.to(wide))
+
     def curve(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Values and slopes at `x` in float64, for `variance.moments`; without groups."""
         if self.groups is not None:
@@ -198,8 +204,7 @@ class Activation(nn.Module):
 
         In float64, and then rounded: the conversion has large entries; and autocast leaves it alone.
         """
-        wide = torch.float64
-        a = self.start.to(wide) + _times(self.transform.to(wide), self.theta.to(wide))
+        wide, a = torch.float64, self.exact_coefficients
         core = a if self._conversion is None else _times(self._conversion.to(a.device), a)
         if self.tails == "linear":
             slopes = self.core_slopes(a) + self.jumps.to(wide)
