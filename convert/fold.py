@@ -181,7 +181,8 @@ def _interpolated(
     while stack:
         start, stop, depth = stack.pop()
         middle, half = (start + stop) / 2, (stop - start) / 2
-        series = chebyshev.chebinterpolate(lambda t, m=middle, h=half: curve(m + h * t), DEGREE)
+        nodes = chebyshev.chebpts1(DEGREE + 1)
+        series = chebyshev.chebfit(nodes, curve(middle + half * nodes), DEGREE)
         error = abs(chebyshev.chebval(check, series) - curve(middle + half * check)).max()
         if error <= ACCURACY * size or depth == DEPTH:
             yield start, stop, chebyshev.cheb2poly(series).tolist()

@@ -154,7 +154,7 @@ def test_relu_folds_to_two_pieces():
     (curve,) = fold({"a": act})["sites"]["a"]["curves"]
     assert [n[1] for n in curve["numerator"]] == pytest.approx([0, 1], abs=1e-15)
     assert curve["breaks"] == pytest.approx([0], abs=1e-15)
-    assert (curve["slope_lo"], curve["slope_hi"]) == (0, 1)
+    assert (curve["slope_lo"], curve["slope_hi"]) == pytest.approx((0, 1), abs=1e-15)
 
 
 @pytest.mark.parametrize("form", ["full", "adapter"])
