@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import contextmanager
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -204,16 +204,24 @@ class Activation(nn.Module):
 
         In float64, and then rounded: the conversion has large entries; and autocast leaves it alone.
         """
-        wide, a = torch.float64, self.exact_coefficients
+        if self.theta.device.type != "cpu" or curve.is_whole(self.theta):
+            return self._numbers(self.theta).to(dtype), self._frame().to(dtype)
+        return Numbers.apply(self.theta, self).to(dtype), self._frame().to(dtype)
+
+    def _numbers(self, theta: Tensor) -> Tensor:
+        wide = torch.float64
+        a = self.start.to(wide) + _times(self.transform.to(wide), theta.to(wide))
         core = a if self._conversion is None else _times(self._conversion.to(a.device), a)
-        if self.tails == "linear":
-            slopes = self.core_slopes(a) + self.jumps.to(wide)
-            ends, joints = [-slopes[..., :1], slopes[..., 1:]], [self.lo.to(wide), self.hi.to(wide)]
-        else:
-            ends, joints = [a.new_zeros(*a.shape[:-1], 2)], [a.new_tensor(-inf), a.new_tensor(inf)]
-        unit = 1 / self.scale.to(wide)
-        frame = torch.stack([*joints, unit, -self.location.to(wide) * unit])
-        return torch.cat([core, *ends], dim=-1).to(dtype), frame.to(dtype)
+        if self.tails == "none":
+            return torch.cat([core, a.new_zeros(*a.shape[:-1], 2)], dim=-1)
+        slopes = self.core_slopes(a) + self.jumps.to(wide)
+        return torch.cat([core, -slopes[..., :1], slopes[..., 1:]], dim=-1)
+
+    def _frame(self) -> Tensor:
+        lo, hi, location, scale = (getattr(self, name).double() for name in ("lo", "hi", "location", "scale"))
+        if self.tails == "none":
+            lo, hi = lo.new_tensor(-inf), hi.new_tensor(inf)
+        return torch.stack([lo, hi, 1 / scale, -location / scale])
 
     def _check_groups(self, x: Tensor) -> None:
         assert self.groups is not None and self.channel is not None
@@ -242,6 +250,55 @@ def _times(matrix: Tensor, vectors: Tensor) -> Tensor:
     A matrix product would run in bfloat16 under autocast, and its last bits would depend on where the numbers lie.
     """
     return (matrix * vectors.unsqueeze(-2)).sum(-1)
+
+
+class Numbers(torch.autograd.Function):
+    """`Activation._numbers` on a CPU: by numpy, whose operations on so few numbers take a fifth of the time."""
+
+    @staticmethod
+    def forward(theta: Tensor, act: Activation) -> Tensor:
+        _, _, a = _plain(theta, act)
+        core = a if act._conversion is None else a @ act._conversion.numpy().T
+        numbers = np.empty((*a.shape[:-1], core.shape[-1] + 2))
+        numbers[..., :-2], numbers[..., -2:] = core, 0.0
+        if act.tails != "none":
+            at, scale = _joints(act)
+            slopes = act.family.slope(_unbound(a), at) / scale + act.jumps.numpy()
+            numbers[..., -2:] = slopes * (-1.0, 1.0)
+        return torch.from_numpy(numbers)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        theta, ctx.act = inputs
+        ctx.save_for_backward(theta)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (theta,), (grad,), act = ctx.saved_tensors, grads, ctx.act
+        if torch.is_grad_enabled():  # gradients of the gradients are wanted
+            return *torch.autograd.grad(act._numbers(theta), theta, grad, create_graph=True), None
+        by, (_, w, a) = grad.numpy(), _plain(theta, act)
+        found = by[..., :-2] if act._conversion is None else by[..., :-2] @ act._conversion.numpy()
+        if act.tails != "none":
+            at, scale = _joints(act)
+            turned = by[..., -2:] * (-1 / scale, 1 / scale)
+            found = found + np.stack([(part * turned).sum(-1) for part in act.family.jacobian(_unbound(a), at)[1]], -1)
+        return torch.from_numpy(found @ w).to(theta.dtype), None
+
+
+def _plain(theta: Tensor, act: Activation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The start, W and the coefficients in float64."""
+    start, w, moved = (each.detach().double().numpy() for each in (act.start, act.transform, theta))
+    return start, w, start + moved @ w.T
+
+
+def _joints(act: Activation) -> tuple[np.ndarray, float]:
+    scale, location = act.scale.item(), act.location.item()
+    return (np.array([act.lo.item(), act.hi.item()]) - location) / scale, scale
+
+
+def _unbound(a: np.ndarray) -> list[np.ndarray]:
+    return [a[..., k : k + 1] for k in range(a.shape[-1])]
 
 
 @contextmanager
