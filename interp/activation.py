@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import lru_cache
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from . import curve, engine
 from .errors import OrthoactError
 from .families import get_family
-from .family import TAILS
+from .family import TAILS, Linear
 
 if TYPE_CHECKING:
     from .domains import Law
@@ -197,6 +198,8 @@ class Activation(nn.Module):
         dtype = torch.promote_types(input.dtype, torch.float32)
         numbers, frame = self.numbers(dtype)
         run = curve.plain if curve.is_whole(input) else curve.Curve.apply
+        if not torch.is_grad_enabled() and run is not curve.plain:
+            run = curve.Curve.forward
         return run(input, numbers, frame, self.family, self.groups, self.channel)
 
     def numbers(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -206,7 +209,12 @@ class Activation(nn.Module):
         """
         if self.theta.device.type != "cpu" or curve.is_whole(self.theta):
             return self._numbers(self.theta).to(dtype), self._frame().to(dtype)
-        return Numbers.apply(self.theta, self).to(dtype), self._frame().to(dtype)
+        joints = Joints.of(self)
+        if torch.is_grad_enabled() and self.theta.requires_grad:
+            numbers = Numbers.apply(self.theta, self, joints)
+        else:
+            numbers = torch.from_numpy(joints.numbers(self))
+        return numbers.to(dtype), joints.frame(dtype)
 
     def _numbers(self, theta: Tensor) -> Tensor:
         wide = torch.float64
@@ -252,49 +260,81 @@ def _times(matrix: Tensor, vectors: Tensor) -> Tensor:
     return (matrix * vectors.unsqueeze(-2)).sum(-1)
 
 
-class Numbers(torch.autograd.Function):
-    """`Activation._numbers` on a CPU: by numpy, whose operations on so few numbers take a fifth of the time."""
+class Joints(NamedTuple):
+    """How the numbers follow from theta on a CPU: by numpy, whose operations on so few take a fraction of the time."""
 
-    @staticmethod
-    def forward(theta: Tensor, act: Activation) -> Tensor:
-        _, _, a = _plain(theta, act)
+    tails: bool
+    lo: float
+    hi: float
+    location: float
+    scale: float
+
+    @classmethod
+    def of(cls, act: Activation) -> Joints:
+        held = (act.lo, act.hi, act.location, act.scale)
+        return cls(act.tails != "none", *(tensor.item() for tensor in held))
+
+    def frame(self, dtype: torch.dtype) -> Tensor:
+        ends = (self.lo, self.hi) if self.tails else (-inf, inf)
+        return torch.tensor([*ends, 1 / self.scale, -self.location / self.scale], dtype=dtype)
+
+    def at(self) -> np.ndarray:
+        return (np.array([self.lo, self.hi]) - self.location) / self.scale
+
+    def numbers(self, act: Activation) -> np.ndarray:
+        """What `Activation._numbers` computes."""
+        a = _numpy(act.start) + _numpy(act.theta) @ _numpy(act.transform).T
         core = a if act._conversion is None else a @ act._conversion.numpy().T
         numbers = np.empty((*a.shape[:-1], core.shape[-1] + 2))
         numbers[..., :-2], numbers[..., -2:] = core, 0.0
-        if act.tails != "none":
-            at, scale = _joints(act)
-            slopes = act.family.slope(_unbound(a), at) / scale + act.jumps.numpy()
-            numbers[..., -2:] = slopes * (-1.0, 1.0)
-        return torch.from_numpy(numbers)
+        if self.tails:
+            if isinstance(act.family, Linear):
+                slopes = a @ _slopes(act.family, act.degree, self).T
+            else:
+                slopes = act.family.slope(_unbound(a), self.at()) / self.scale
+            numbers[..., -2:] = (slopes + act.jumps.numpy()) * (-1.0, 1.0)
+        return numbers
+
+    def gradient(self, act: Activation, theta: Tensor, by: np.ndarray) -> np.ndarray:
+        """The derivative by theta of the sum of the numbers weighted with `by`."""
+        w = _numpy(act.transform)
+        found = by[..., :-2] if act._conversion is None else by[..., :-2] @ act._conversion.numpy()
+        if self.tails:
+            turned = by[..., -2:] * (-1.0, 1.0)
+            if isinstance(act.family, Linear):
+                found = found + turned @ _slopes(act.family, act.degree, self)
+            else:
+                a = _numpy(act.start) + _numpy(theta) @ w.T
+                each = act.family.jacobian(_unbound(a), self.at())[1]
+                found = found + np.stack([(part * turned).sum(-1) for part in each], -1) / self.scale
+        return found @ w
+
+
+class Numbers(torch.autograd.Function):
+    """`Joints.numbers` with its derivative; without `setup_context`, which takes as long again."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        theta, ctx.act = inputs
+    def forward(ctx: Any, theta: Tensor, act: Activation, joints: Joints) -> Tensor:
         ctx.save_for_backward(theta)
+        ctx.how = act, joints
+        return torch.from_numpy(joints.numbers(act))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (theta,), (grad,), act = ctx.saved_tensors, grads, ctx.act
+        (theta,), (act, joints), (grad,) = ctx.saved_tensors, ctx.how, grads
         if torch.is_grad_enabled():  # gradients of the gradients are wanted
-            return *torch.autograd.grad(act._numbers(theta), theta, grad, create_graph=True), None
-        by, (_, w, a) = grad.numpy(), _plain(theta, act)
-        found = by[..., :-2] if act._conversion is None else by[..., :-2] @ act._conversion.numpy()
-        if act.tails != "none":
-            at, scale = _joints(act)
-            turned = by[..., -2:] * (-1 / scale, 1 / scale)
-            found = found + np.stack([(part * turned).sum(-1) for part in act.family.jacobian(_unbound(a), at)[1]], -1)
-        return torch.from_numpy(found @ w).to(theta.dtype), None
+            return *torch.autograd.grad(act._numbers(theta), theta, grad, create_graph=True), None, None
+        return torch.from_numpy(joints.gradient(act, theta, grad.numpy())).to(theta.dtype), None, None
 
 
-def _plain(theta: Tensor, act: Activation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The start, W and the coefficients in float64."""
-    start, w, moved = (each.detach().double().numpy() for each in (act.start, act.transform, theta))
-    return start, w, start + moved @ w.T
+@lru_cache(maxsize=256)
+def _slopes(family: Linear, degree: int, joints: Joints) -> np.ndarray:
+    """The slopes of the basis at lo and hi by x: (2, n + 1)."""
+    return np.stack(family.slopes(joints.at(), degree), axis=-1) / joints.scale
 
 
-def _joints(act: Activation) -> tuple[np.ndarray, float]:
-    scale, location = act.scale.item(), act.location.item()
-    return (np.array([act.lo.item(), act.hi.item()]) - location) / scale, scale
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().numpy().astype(np.float64)
 
 
 def _unbound(a: np.ndarray) -> list[np.ndarray]:

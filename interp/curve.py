@@ -158,7 +158,7 @@ def _gradients_by_kernel(
     views = [layout.rows(flat), layout.rows(steep)]
     held = spread.view(-1) if layout.kind == "one" else spread
 
-    # the unit for each row: with it the values cannot be run through in one row, and are computed in the loop of the sums
+    # the unit for each row: with it the values are no single row, and are computed in the loop of the sums
     units = frame[2].expand(views[0].shape[0], *[1] * (views[0].dim() - 1)).contiguous()
 
     def run(x: Tensor, grad: Tensor, numbers: Tensor, frame: Tensor, units: Tensor) -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ ROW = 4096
 """Most values that are summed in one go, if the size of the input can be halved so often."""
 
 LEAST_ROW = 64
-"""Least length of rows that a kernel is made for; shorter ones, of sizes that are nearly odd, vary from call to call."""
+"""Least length of rows that a kernel is made for; shorter ones vary from call to call."""
 
 TILE = 128, 256
 """Most rows and channels that the kernels cross with the same numbers in the cache."""
