@@ -105,9 +105,10 @@ def _halve(size: int, most: int) -> int:
     return size
 
 
-def blocks(shape: torch.Size) -> Iterator[tuple[slice, slice, slice]]:
-    """Slices that cover a view (outer, columns, inner), of about BLOCK values for each thread."""
-    room, steps = BLOCK * torch.get_num_threads(), []
+def blocks(view: torch.Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """Slices that cover a view (outer, columns, inner), of about BLOCK values for each thread; on a GPU one for all."""
+    shape, steps = view.shape, []
+    room = BLOCK * torch.get_num_threads() if view.device.type == "cpu" else view.numel()
     for size in reversed(shape):
         steps.insert(0, max(1, min(size, room)))
         room = room // max(size, 1) if size <= room else 1
