@@ -169,7 +169,9 @@ def as_compared(cell: Cell) -> Cell:
 def markdown(folder: Path) -> str:
     """The tables of what is there."""
     lines = ["# Learnable activations on downstream tasks", "", *(__doc__ or "").split("\n\n")[-1].strip().split("\n")]
-    lines += [f"Rates: {', '.join(f'{rate:g}' for rate in RATES)}. Seeds: {len(SEEDS)}; ± is the deviation over them."]
+    rates = ", ".join(f"{rate:g}" for rate in RATES)
+    lines += [f"Rates: {rates}. ± is the deviation over the seeds. Seconds are those of runs that"]
+    lines += ["shared a machine with up to thirty others: they rank nothing."]
     for name, task in TASKS.items():
         table, recipe = table_of(name, folder, None), recipe_of(name)
         cells = table.cells()
@@ -188,14 +190,14 @@ def markdown(folder: Path) -> str:
         ran = ", ".join(sorted({c["device"] for c in cells}))
         lines += ["", f"## {task.title}", "", f"{'; '.join(parts)}. Ran on {ran}; `--tasks {name}`.", ""]
         lines += [
-            f"| what trains | numbers | rate | {metric} before | {metric}, validation | {metric}, test | loss, test"
+            f"| what trains | numbers | rate | seeds | {metric} before | validation | **{metric}, test** | loss, test"
         ]
         lines[-1] += " | s | MB |"
-        lines += ["|---|---|---|---|---|---|---|---|---|"]
+        lines += ["|---|---|---|---|---|---|---|---|---|---|"]
         for row, found in chosen.items():
             good = [c for c in found if "failed" not in c and "diverged" not in c]
             if not good:
-                lines.append(f"| {row} | | | failed or diverged at every rate | | | | | |")
+                lines.append(f"| {row} | | | | failed or diverged at every rate | | | | | |")
                 continue
             at = "" if row == "head" else f"{good[0]['rate']:g}"
             digits = 3 if causal else 4
@@ -205,7 +207,9 @@ def markdown(folder: Path) -> str:
             cost = (
                 f"{sum(c['seconds'] for c in good) / len(good):.0f} | {max(c['peak_memory'] for c in good) / 1e6:.0f}"
             )
-            lines.append(f"| {row}{lost} | {good[0]['trainable']:,} | {at} | {' | '.join(figures)} | {cost} |")
+            lines.append(
+                f"| {row}{lost} | {good[0]['trainable']:,} | {at} | {len(good)} | {' | '.join(figures)} | {cost} |"
+            )
         lines += ["", f"Validation {metric} at every rate, first seed:", ""]
         for row in chosen:
             told = (c for c in cells if c["row"] == row and c["seed"] == SEEDS[0])

@@ -31,7 +31,7 @@ MODELS = {
         "a ConvNeXt of 5 blocks on Fashion-MNIST, 2,000 images",
         "scratch-convnext",
         {
-            "train.max_steps": 600,
+            "train.max_steps": 300,
             "data.validation_limit": 1000,
             "data.test_limit": 2000,
             "train.evaluation_batch_size": 100,

@@ -106,9 +106,9 @@ def _halve(size: int, most: int) -> int:
 
 
 def blocks(view: torch.Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Slices that cover a view (outer, columns, inner), of about BLOCK values for each thread; on a GPU one for all."""
+    """Slices that cover a view (outer, columns, inner), of about BLOCK values for each thread; on a GPU, of far more."""
     shape, steps = view.shape, []
-    room = BLOCK * torch.get_num_threads() if view.device.type == "cpu" else view.numel()
+    room = BLOCK * torch.get_num_threads() if view.device.type == "cpu" else 2**24
     for size in reversed(shape):
         steps.insert(0, max(1, min(size, room)))
         room = room // max(size, 1) if size <= room else 1
