@@ -172,6 +172,7 @@ def markdown(folder: Path) -> str:
     rates = ", ".join(f"{rate:g}" for rate in RATES)
     lines += [f"Rates: {rates}. ± is the deviation over the seeds. Seconds are those of runs that"]
     lines += ["shared a machine with up to thirty others: they rank nothing."]
+    lines += ["", *overview(folder)]
     for name, task in TASKS.items():
         table, recipe = table_of(name, folder, None), recipe_of(name)
         cells = table.cells()
@@ -188,7 +189,7 @@ def markdown(folder: Path) -> str:
         parts += [] if causal else [f"head at {train.head_learning_rate:g}"]
         parts += [f"measured on {data.test_limit or 'all'} of the test split"]
         ran = ", ".join(sorted({c["device"] for c in cells}))
-        lines += ["", f"## {task.title}", "", f"{'; '.join(parts)}. Ran on {ran}; `--tasks {name}`.", ""]
+        lines += ["", f"### {task.title}", "", f"{'; '.join(parts)}. Ran on {ran}; `--tasks {name}`.", ""]
         lines += [
             f"| what trains | numbers | rate | seeds | {metric} before | validation | **{metric}, test** | loss, test"
         ]
@@ -215,6 +216,23 @@ def markdown(folder: Path) -> str:
             told = (c for c in cells if c["row"] == row and c["seed"] == SEEDS[0])
             lines.append(f"- {row}: " + ", ".join(f"{c['rate']:g}: {figure(c, metric)}" for c in sort(told)))
     return "\n".join(lines) + "\n"
+
+
+def overview(folder: Path) -> list[str]:
+    """One table of all tasks: the test figure of each row that all have."""
+    found: dict[str, dict[str, str]] = {}
+    for name, task in TASKS.items():
+        table, causal = table_of(name, folder, None), recipe_of(name).task == "causal-lm"
+        for row, cells in table.chosen(table.cells()):
+            values = [c["test"]["perplexity" if causal else "accuracy"] for c in cells if "test" in c]
+            if len(values) == len(SEEDS):
+                told = spread(values, 1) if causal else spread([100 * v for v in values], 1)
+                row = row.replace(f"{task.groups} groups", "groups to match LoRA r=1")
+                found.setdefault(row, {})[name] = told
+    lines = ["| what trains, beside a head | " + " | ".join(task.title.split(",")[0] for task in TASKS.values()) + " |"]
+    lines += ["|---|" + "---|" * len(TASKS), "| | accuracy, % | accuracy, % | perplexity |"]
+    lines += [f"| {row} | {' | '.join(of.get(name, '') for name in TASKS)} |" for row, of in found.items()]
+    return lines
 
 
 def sort(cells: Any) -> list[Cell]:

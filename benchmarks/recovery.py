@@ -183,11 +183,11 @@ def markdown(folder: Path) -> str:
     """The tables of what is there."""
     lines = ["# Recovery by self-distillation", "", *(__doc__ or "").split("\n\n")[-1].strip().split("\n")]
     lines += [
-        f"{STEPS} steps of {BATCH} windows of {LENGTH} tokens, {STEPS * BATCH * LENGTH:,} in all. Norms learn at 3e-4 in the",
-        "recovery, at 0.03 of the rate of the activations in controls. Change of the perplexity in per cent, KL to the",
-        f"original per token in nats, on {EVALUATE:,} tokens at most; ± is the deviation over the seeds. The original",
-        "itself, taught in the same way, is its own teacher and does not move. Seconds are those of runs that shared",
-        "a machine with up to thirty others.",
+        f"{STEPS} steps of {BATCH} windows of {LENGTH} tokens, {STEPS * BATCH * LENGTH:,} in all. Norms learn at 3e-4",
+        "in the recovery, at 0.03 of the rate of the activations in controls. Change of the perplexity in per cent,",
+        f"KL to the original per token in nats, on {EVALUATE:,} tokens at most; ± is the deviation over the seeds.",
+        "The original itself, taught in the same way, is its own teacher and does not move. Seconds are those of runs",
+        "that shared a machine with up to thirty others.",
     ]
     for name, (title, *_) in MODELS.items():
         table = table_of(name, folder)
@@ -195,9 +195,9 @@ def markdown(folder: Path) -> str:
         if not cells:
             continue
         ran = ", ".join(sorted({c["device"] for c in cells}))
-        lines += ["", f"## {title}", "", f"Ran on {ran}; `--models {name}`.", ""]
+        lines += ["", f"### {title}", "", f"Ran on {ran}; `--models {name}`.", ""]
         lines += [
-            "| conversion: what trains | numbers | rate | seeds | change before | KL before | **change after** | KL after"
+            "| conversion: what trains | numbers | rate | seeds | before, % | KL before | **after, %** | KL after"
         ]
         lines[-1] += " | s | MB |"
         lines += ["|---|---|---|---|---|---|---|---|---|---|"]

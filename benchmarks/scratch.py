@@ -71,7 +71,7 @@ def markdown(folder: Path) -> str:
             continue
         metric = "perplexity" if recipe.task == "causal-lm" else "accuracy"
         ran = ", ".join(sorted({c["device"] for c in cells}))
-        lines += ["", f"## {title[0].upper()}{title[1:]}", ""]
+        lines += ["", f"### {title[0].upper()}{title[1:]}", ""]
         lines += [f"{recipe.train.max_steps} steps of {recipe.train.batch_size}. Ran on {ran}; `--models {name}`.", ""]
         lines += [f"| activation | numbers | rate | held-out loss | held-out {metric} | runs that diverged | s | MB |"]
         lines += ["|---|---|---|---|---|---|---|---|"]
