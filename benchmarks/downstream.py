@@ -171,7 +171,7 @@ def markdown(folder: Path) -> str:
     lines = ["# Learnable activations on downstream tasks", "", *(__doc__ or "").split("\n\n")[-1].strip().split("\n")]
     rates = ", ".join(f"{rate:g}" for rate in RATES)
     lines += [f"Rates: {rates}. ± is the deviation over the seeds. Seconds are those of runs that"]
-    lines += ["shared a machine with up to thirty others: they rank nothing."]
+    lines += ["shared a machine with up to thirty others: they rank nothing. Beyond an edge of the grid may be better."]
     lines += ["", *overview(folder)]
     for name, task in TASKS.items():
         table, recipe = table_of(name, folder, None), recipe_of(name)
@@ -200,7 +200,7 @@ def markdown(folder: Path) -> str:
             if not good:
                 lines.append(f"| {row} | | | | failed or diverged at every rate | | | | | |")
                 continue
-            at = "" if row == "head" else f"{good[0]['rate']:g}"
+            at = "" if row == "head" else f"{good[0]['rate']:g}{' (edge)' * (good[0]['rate'] in (RATES[0], RATES[-1]))}"
             digits = 3 if causal else 4
             figures = [spread([c[part][metric] for c in good], digits) for part in ("zero_step", "validation", "test")]
             figures += [spread([c["test"]["loss"] for c in good], 4)]
