@@ -106,7 +106,7 @@ class Curve(torch.autograd.Function):
 def _values(family: Family, layout: Layout, flat: Tensor, spread: Tensor, frame: Tensor) -> Tensor:
     out = torch.empty_like(flat)
     source, into, joints = layout.columns(flat), layout.columns(out), Frame(*frame.unbind())
-    for block in blocks(source.shape):
+    for block in blocks(source):
         numbers = list(spread[:, block[1]].unbind())
         into[block] = value(family, source[block].to(spread.dtype), numbers, joints)
     return out
@@ -118,7 +118,7 @@ def _gradients(
     out, sums = torch.empty_like(flat), None
     source, steeps, into = layout.columns(flat), layout.columns(steep), layout.columns(out)
     joints = Frame(*frame.unbind())
-    for block in blocks(source.shape):
+    for block in blocks(source):
         x, grad = source[block].to(spread.dtype), steeps[block].to(spread.dtype)
         numbers = list(spread[:, block[1]].unbind())
         into[block] = slope(family, x, numbers, joints).mul_(grad)

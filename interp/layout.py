@@ -109,9 +109,10 @@ def _halve(size: int, most: int) -> int:
     return size
 
 
-def blocks(shape: torch.Size) -> Iterator[tuple[slice, slice, slice]]:
-    """Slices that cover a view (outer, columns, inner), of about BLOCK values for each thread."""
-    room, steps = BLOCK * torch.get_num_threads(), []
+def blocks(view: torch.Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """Slices that cover a view (outer, columns, inner), of about BLOCK values for each thread; on a GPU, of far more."""
+    shape, steps = view.shape, []
+    room = BLOCK * torch.get_num_threads() if view.device.type == "cpu" else 2**24
     for size in reversed(shape):
         steps.insert(0, max(1, min(size, room)))
         room = room // max(size, 1) if size <= room else 1
