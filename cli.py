@@ -611,6 +611,32 @@ def verify(out, base, task, dtype, revision, trust_remote_code, device, as_json,
         raise OrthoactError(f"{out} is not {result['base']} with other activations: {'; '.join(wrong) or 'no tensor'}")
 
 
+@main.command(short_help="Write OUT as ONNX, torch.export or plain coefficients.")
+@click.argument("out")
+@click.option("--format", "format_", type=click.Choice(["onnx", "torch", "fold"]), default="onnx", show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File.  [default: OUT.onnx, OUT.pt2, OUT.json]")
+@click.option("--atol", type=float, default=1e-5, show_default=True, help="How far it may be from the model.")
+@_options(loading, as_json, quiet)
+def export(out, format_, output, atol, task, dtype, revision, trust_remote_code, device, as_json, quiet):
+    """Write the converted model OUT for another runtime, checked against the model before it takes its name.
+
+    onnx: with a dynamic batch, run in onnxruntime. torch: a program of torch.export. fold: the activations alone, as
+    coefficients of polynomials or pieces in JSON.
+    """
+    from .convert.export import export as export_to
+
+    _silence_libraries()
+    loads = {"task": task, "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
+    with _status(f"exporting {out}", not quiet):
+        result = export_to(out, output, format=format_, atol=atol, device=device, **loads)
+    if as_json:
+        _print_json(result)
+    elif not quiet:
+        shown = ("bytes", "outputs", "dynamic", "difference", "sites", "max_error")
+        rows = [[key, ", ".join(v) if isinstance(v := result[key], list) else v] for key in shown if key in result]
+        _table(f"wrote {result['output']}", ["", ""], rows, left=True)
+
+
 @main.command(short_help="Push OUT to the Hub.")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("repo")
