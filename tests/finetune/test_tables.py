@@ -17,7 +17,7 @@ def test_the_table_is_what_its_cells_say(script):
     assert written == script.markdown(BENCHMARKS), f"run benchmarks/{script.__name__}.py"
 
 
-@pytest.mark.parametrize("task", downstream.TASKS)
+@pytest.mark.parametrize("task", ["dinov2", "minilm", "gpt2"])
 def test_rows_have_the_same_budget(task):
     """All rates with the first seed, the best with three; groups are as many numbers as LoRA with r=1."""
     table = downstream.table_of(task, BENCHMARKS, None)
