@@ -110,7 +110,7 @@ def _halve(size: int, most: int) -> int:
 
 
 def blocks(view: torch.Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Slices that cover a view (outer, columns, inner), of about BLOCK values for each thread, on a GPU far more."""
+    """Slices that cover a view (outer, columns, inner), of about BLOCK values a thread; on a GPU, of far more."""
     shape, steps = view.shape, []
     room = BLOCK * torch.get_num_threads() if view.device.type == "cpu" else 2**24
     for size in reversed(shape):

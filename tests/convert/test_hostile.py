@@ -108,7 +108,7 @@ def test_files_beyond_all_bounds(folders):
     for form, name in (("full", "config.json"), ("adapter", "adapter_config.json")):
         with open(folders / form / name, "r+b") as file:
             file.truncate(10 * 2**30)
-        with pytest.raises(OrthoactError, match="expected a file of at most|no config.json|checkpoint folder"):
+        with pytest.raises(OrthoactError, match=r"expected a file of at most|no config.json|checkpoint folder"):
             orthoact.load(folders / form)
 
 
