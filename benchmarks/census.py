@@ -352,21 +352,19 @@ def trip(model: Any, load: Any) -> dict[str, Any]:
             act.theta += 0.05 * torch.randn_like(act.theta)
     reached: dict[str, str] = {}  # site -> the part of the model whose run reaches it
     runs: dict[str, tuple[Any, Any]] = {}
-    for path, part in model.named_modules():
-        if path and (
-            not hasattr(part, "main_input_name") or all(n in reached for n in acts if n.startswith(f"{path}."))
-        ):
+    parts = [(path, part) for path, part in model.named_modules() if not path or hasattr(part, "main_input_name")]
+    parts += [(owner, model.get_submodule(owner)) for owner in dict.fromkeys(owner_path(model, n) for n in acts)]
+    for path, part in parts:
+        if path and all(n in reached for n in acts if n.startswith(f"{path}.")):
             continue
         made = runnable(part) if path else batch
         if made is None:
             continue
-        seen: set[str] = set()
-        hooks = [a.register_forward_pre_hook(lambda m, x, n=n: seen.add(n)) for n, a in acts.items()]
-        runs[path] = made, output(part, made)
-        for hook in hooks:
-            hook.remove()
-        for name in seen:
-            reached.setdefault(name, path)
+        calls = passed(list(acts.values()), part, made)
+        fresh = {n: path for n, act in acts.items() if n not in reached and calls[id(act)]}
+        if fresh or not path:
+            runs[path] = made, output(part, made)
+            reached |= fresh
     result: dict[str, Any] = {"sites": len(acts), "reached": len(reached)}
     with orthoact.original(model):
         result["original"] = same(output(model, batch), base)
@@ -404,17 +402,30 @@ def trip(model: Any, load: Any) -> dict[str, Any]:
 
 
 def runnable(model: Any) -> dict[str, Any] | None:
-    """The first made-up batch that a model takes."""
+    """The first made-up batch that a model, or a layer of one, takes."""
     import torch
 
-    from orthoact.convert.audit import probe_batches
+    from orthoact.convert.audit import probe_batches, tensors_for
 
+    whole = hasattr(model, "main_input_name") or hasattr(model, "pretrained_cfg")
     with contextlib.suppress(Exception):
-        for made in probe_batches(model, rows=1, length=8):
-            with contextlib.suppress(Exception), torch.no_grad():
-                model(**made)
+        for made in probe_batches(model, rows=1, length=8) if whole else tensors_for(model):
+            with contextlib.suppress(Exception):
+                torch.manual_seed(0)
+                made = made if whole else {"": torch.randn_like(made[""])}
+                output(model, made)
                 return made
     return None
+
+
+def owner_path(model: Any, name: str) -> str:
+    """The module whose forward calls the activation of this name."""
+    import torch
+
+    path = name.rpartition(".")[0]
+    while path and isinstance(model.get_submodule(path), torch.nn.ModuleList | torch.nn.ModuleDict):
+        path = path.rpartition(".")[0]
+    return path
 
 
 def passed(inner: list[Any], model: Any, batch: dict[str, Any]) -> dict[int, list[Any]]:
@@ -435,16 +446,13 @@ def perturbed(model: Any, acts: dict[str, Any], reached: dict[str, str], runs: d
     unused = []
     for name, path in reached.items():
         act, (made, before), part = acts[name], runs[path], model.get_submodule(path)
-        kept, owner = act.theta.detach().clone(), name.rpartition(".")[0]
-        while owner and isinstance(model.get_submodule(owner), torch.nn.ModuleList | torch.nn.ModuleDict):
-            owner = owner.rpartition(".")[0]
+        kept, holder = act.theta.detach().clone(), model.get_submodule(owner_path(model, name))
         for step in (0.5, 20.0):
             with torch.no_grad():
                 act.theta += step
             if not same(output(part, made), before):
                 break
         else:
-            holder = model.get_submodule(owner)
             after = passed([holder], part, made)[id(holder)]
             act.theta.data.copy_(kept)
             held = passed([holder], part, made)[id(holder)]
@@ -487,7 +495,7 @@ def output(model: Any, batch: dict[str, Any]) -> list[Any]:
 
     torch.manual_seed(0)
     with torch.no_grad():
-        return flat(model(**batch))
+        return flat(model(batch[""]) if "" in batch else model(**batch))
 
 
 def flat(value: Any) -> list[Any]:
