@@ -1,7 +1,7 @@
 """The census: every model type of transformers and every architecture of timm, audited, converted and reloaded.
 
     python benchmarks/census.py run [--only GLOB] [--again TEXT] [--jobs N]   # resumable: appends to census.jsonl
-    python benchmarks/census.py table                                         # writes census.md and census.json
+    python benchmarks/census.py table    # moves the rows into census.json, writes census.md, exits 1 below a bar
 
 Of each model type of transformers the class with the most in it and the base model are built, of timm every
 architecture. For each model the audit tells the sites (with `--include-heads`), what is left and why. Every model that
@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-ROWS, TABLE = HERE / "census.jsonl", HERE / "census.md"
+JOURNAL, ROWS, TABLE = HERE / "census.jsonl", HERE / "census.json", HERE / "census.md"
 LIMIT = 60_000_000
 """Numbers of a model that is built in memory; larger ones stay on the meta device."""
 SECONDS = 150
@@ -575,13 +575,16 @@ def work(names: list[str], mark: Path) -> None:
 
 
 def write(row: dict[str, Any]) -> None:
-    with ROWS.open("a") as file:
+    with JOURNAL.open("a") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def read() -> dict[str, dict[str, Any]]:
-    rows = {}
-    for line in ROWS.read_text().splitlines() if ROWS.exists() else []:
+    """The rows by `library:name`: those of the table, then those made since."""
+    rows = json.loads(ROWS.read_text()) if ROWS.exists() else {}
+    for key, row in rows.items():
+        row["library"], _, row["name"] = key.partition(":")
+    for line in JOURNAL.read_text().splitlines() if JOURNAL.exists() else []:
         row = json.loads(line)
         rows[f"{row['library']}:{row['name']}"] = row
     return rows
@@ -655,6 +658,160 @@ def spread(batches: list[list[str]], jobs: int, folder: Path) -> None:
                 process.kill()
 
 
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def table() -> bool:
+    """Write the rows and their summary; whether every bar is met."""
+    import timm
+    import torch
+    import transformers
+
+    rows = dict(sorted(read().items()))
+    kept = [json.dumps(key) + ": " + json.dumps(plain(row), separators=(",", ":")) for key, row in rows.items()]
+    ROWS.write_text("{\n" + ",\n".join(kept) + "\n}\n")
+    JOURNAL.unlink(missing_ok=True)
+    kinds = {
+        "transformers": "transformers, the class with most in it",
+        "base": "transformers, the trunk",
+        "timm": "timm, every architecture",
+    }
+    lines = ["# The census", "", __doc__.split("\n\n", 2)[2].strip(), ""]
+    lines += [f"transformers {transformers.__version__}, timm {timm.__version__}, torch {torch.__version__}.", ""]
+    head = "| | models | built | sites | calls of GELU, SiLU, ReLU and their kin | converted | neither converted nor named |"
+    lines += [head, "|---|---|---|---|---|---|---|"]
+    total: collections.Counter[str] = collections.Counter()
+    for kind, title in kinds.items():
+        mine = [r for r in rows.values() if r["library"] == kind]
+        n = counted(mine)
+        total += n
+        lines.append(f"| {title} | {len(mine)} | {cells(n)} |")
+    lines += [f"| all | {sum(r['library'] in kinds for r in rows.values())} | {cells(total)} |", ""]
+    trips = {key: row["trip"] for key, row in rows.items() if row.get("trip")}
+    made = {key: t for key, t in trips.items() if "equal" in t}
+    whole = sum(t["reached"] == t["sites"] for t in made.values())
+    fails = {k: t for k, t in made.items() if t["silent"] or not (t["equal"] and t["loud"] and t["original"])}
+    reached, sites = (sum(t[k] for t in made.values()) for k in ("reached", "sites"))
+    unused = sum(len(t.get("unused", ())) for t in made.values())
+    lines += [
+        f"Round trips: {len(made)}; {sum(t['equal'] for t in made.values())} reload bit-equal, "
+        f"{sum(t['loud'] for t in made.values())} fail where orthoact is absent and say so, "
+        f"{sum(t['original'] for t in made.values())} give the old output back with `orthoact.original`. "
+        f"{reached} of their {sites} sites were run and perturbed ({whole} models: all of them): "
+        f"{sum(len(t['silent']) for t in made.values())} did nothing, {unused} changed only the output of "
+        f"their own block, of which the model's output is independent on this input.",
+        "",
+    ]
+    crashes = {key: row for key, row in rows.items() if row.get("crash")}
+    share = total["calls"] / max(1, total["calls"] + total["left"])
+    bars = {
+        f"activations neither converted nor named: {total['unnamed']} (bar 0)": not total["unnamed"],
+        f"calls of GELU, SiLU, ReLU and their kin converted: {share:.2%} (bar 98 %)": share >= 0.98,
+        f"crashes: {len(crashes)} (bar 0)": not crashes,
+        f"round trips that fail: {len(fails)} of {len(made)} (bar 0)": not fails,
+    }
+    lines += [f"- {'met' if met else 'MISSED'}: {text}" for text, met in bars.items()] + [""]
+    for title, found in {
+        "Crashes": {k: row["crash"] for k, row in crashes.items()},
+        "Round trips that fail": {k: json.dumps(t) for k, t in fails.items()},
+        "No round trip": {k: t["why"] for k, t in trips.items() if "equal" not in t},
+        "Operators not named": {k: json.dumps(row["unnamed"]) for k, row in rows.items() if row.get("unnamed")},
+        "Not built": {k: row["why"] for k, row in rows.items() if row.get("why") and not row.get("built")},
+    }.items():
+        if found:
+            lines += [f"## {title}", "", *(f"- `{key}`: {text[:200]}" for key, text in found.items()), ""]
+    lines += ["## What is left", "", "| what | in models | places |", "|---|---|---|"]
+    left: dict[str, list[int]] = {}
+    for row in rows.values():
+        for text, n in row.get("left", {}).items():
+            what, _, rest = text.partition(": ")
+            if what == "blind":
+                parts = "audited part by part" in rest
+                text = (
+                    "the whole model not run, each of its parts run"
+                    if parts
+                    else "a part that no made-up input reaches"
+                )
+            elif what == "gate":
+                text = f"{rest}: a gate, pooler, head or soft cap"
+            elif what == "never":
+                text = f"{rest}: never called in a forward pass"
+            elif what == "trained":
+                text = f"{rest.rpartition(' ')[2]}: has parameters of its own"
+            else:
+                text = f"{rest}: cannot be replaced"
+            seen = left.setdefault(text, [0, 0])
+            seen[0], seen[1] = seen[0] + 1, seen[1] + n
+    lines += [f"| {text} | {a} | {b} |" for text, (a, b) in sorted(left.items(), key=lambda i: -i[1][0])] + [""]
+    lines += ["## transformers", "", "| type/class | sites | targets | left | round trip |", "|---|---|---|---|---|"]
+    for row in rows.values():
+        if row["library"] == "transformers" and row.get("built"):
+            lines.append(
+                f"| {row['name']} | {row.get('sites', 0)} | {listed(row)} | {remains(row)} | {told_trip(row)} |"
+            )
+    lines += ["", "## timm, by source file", ""]
+    lines += ["| file | architectures | sites | targets | left | round trip of |", "|---|---|---|---|---|---|"]
+    files: dict[str, list[dict[str, Any]]] = {}
+    for row in rows.values():
+        if row["library"] == "timm" and row.get("built"):
+            files.setdefault(row["file"], []).append(row)
+    for file, group in sorted(files.items()):
+        counts = [r.get("sites", 0) for r in group]
+        targets = {t for r in group for t in r.get("targets", {})}
+        remaining = {remains(r) for r in group} - {""}
+        tried = next((k for r in group if (k := f"trip:{r['name']}") in rows), "")
+        shown = f"{tried.partition(':')[2]}: {told_trip(rows[tried])}" if tried else ""
+        lines.append(
+            f"| {file} | {len(group)} | {min(counts)} to {max(counts)} | {', '.join(sorted(targets))} | "
+            f"{'; '.join(sorted(remaining))[:200]} | {shown} |"
+        )
+    TABLE.write_text("\n".join(lines) + "\n")
+    print("\n".join(f"{'met' if met else 'MISSED'}: {text}" for text, met in bars.items()))
+    return all(bars.values())
+
+
+def plain(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without what is empty, known from its key, or of one run only."""
+    return {k: v for k, v in row.items() if v not in ({}, [], None, "", 0, False) and k not in DROPPED}
+
+
+DROPPED = ("library", "name", "seconds")
+
+
+def counted(rows: list[dict[str, Any]]) -> collections.Counter[str]:
+    n: collections.Counter[str] = collections.Counter()
+    for row in rows:
+        n["built"] += bool(row.get("built"))
+        n["sites"] += row.get("sites", 0)
+        n["calls"] += row.get("calls", 0)
+        n["left"] += sum(row.get("left_calls", {}).values())
+        n["unnamed"] += sum(row.get("unnamed", {}).values())
+    return n
+
+
+def cells(n: collections.Counter[str]) -> str:
+    calls = n["calls"] + n["left"]
+    return f"{n['built']} | {n['sites']} | {calls} | {n['calls'] / max(1, calls):.2%} | {n['unnamed']}"
+
+
+def listed(row: dict[str, Any]) -> str:
+    return ", ".join(f"{t} {n}" for t, n in row.get("targets", {}).items())
+
+
+def remains(row: dict[str, Any]) -> str:
+    """What is left of a model, in a few words."""
+    words = [text.partition(": ")[2].rpartition(" ")[2] for text in row.get("left", {}) if not text.startswith("blind")]
+    return ", ".join(dict.fromkeys(words)) + (" (not all run)" if "blind" in " ".join(row.get("left", {})) else "")
+
+
+def told_trip(row: dict[str, Any]) -> str:
+    trip = row.get("trip") or {}
+    if "equal" not in trip:
+        return trip.get("why", "")
+    good = trip["equal"] and trip["loud"] and trip["original"] and not trip["silent"]
+    return f"{'equal' if good else 'FAILS'}, {trip['reached']} of {trip['sites']} sites run"
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("job", choices=["run", "table"])
@@ -663,5 +820,7 @@ if __name__ == "__main__":
     parser.add_argument("--again", default="", help="also rows that hold this text; 'open'; 'all'")
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
-    if arguments.job == "run":
+    if arguments.job == "table":
+        raise SystemExit(not table())
+    else:
         run(arguments.only, arguments.again, arguments.most, arguments.jobs)

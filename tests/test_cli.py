@@ -158,7 +158,21 @@ def test_other_models_dtypes_and_tasks(tmp_path):
     assert base["sites"][0]["name"] == "encoder.layer.0.intermediate.intermediate_act_fn"
 
 
-def test_strict_fails_on_functional_activations(tmp_path):
+def test_strict_fails_on_an_activation_that_stays(tmp_path):
+    """Mamba's gate is inside the function of a kernel: no module calls it."""
+    import transformers as tf
+
+    config = tf.MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4)
+    tf.MambaForCausalLM(config).save_pretrained("mamba")
+    failed = call("inspect", "mamba", "--strict", "--json", code=1)
+    (left,) = [i for i in json.loads(failed.stdout)["left"] if i["function"] == "silu" and i["calls"]]
+    assert left["where"] == "backbone.layers.0.mixer" and "cannot be replaced" in left["reason"]
+    assert "--strict: 1 activations are left" in failed.stderr and "backbone.layers.0.mixer: silu" in failed.stderr
+    assert "--strict" in call("convert", "mamba", "-o", "out", "--strict", code=1).stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_strict_passes_where_calls_of_functions_are_converted():
     import transformers as tf
 
     config = tf.EsmConfig(
@@ -166,8 +180,8 @@ def test_strict_fails_on_functional_activations(tmp_path):
     )
     config.mask_token_id = 32
     tf.EsmModel(config).save_pretrained("esm")
-    failed = call("inspect", "esm", "--strict", "--json", code=1)
-    assert "erf" in failed.stderr and any(i["function"] == "erf" for i in json.loads(failed.stdout)["left"])
+    report = call_json("inspect", "esm", "--strict")
+    assert [s["target"] for s in report["sites"]] == ["gelu"] and "functional_gelu" in report["sites"][0]["name"]
 
 
 def test_poor_copies_are_told_and_refused_by_strict(tmp_path):
