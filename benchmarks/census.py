@@ -39,9 +39,9 @@ HERE = Path(__file__).parent
 JOURNAL, ROWS, TABLE = HERE / "census.jsonl", HERE / "census.json", HERE / "census.md"
 LIMIT = 60_000_000
 """Numbers of a model that is built in memory; larger ones stay on the meta device."""
-SECONDS = 60
+SECONDS = 40
 """Of processor time for one row."""
-PATIENCE = 10
+PATIENCE = 5
 """Seconds for perturbing one site after the other; where there are too many, every so many-th is."""
 STUCK = 900
 """Seconds after which a row that does nothing is given up."""
@@ -193,10 +193,13 @@ _seen: dict[Any, dict[str, Any]] = {}
 def likeness(model: Any) -> tuple:
     """The names, classes, functions and settings of a model's modules: equal for variants of one architecture."""
     return tuple(
-        (name, type(m), "" if m._modules or m._parameters else repr(m))
-        + tuple((k, getattr(v, "__name__", repr(v))) for k, v in vars(m).items() if callable(v))
+        (name, type(m), "" if m._modules or m._parameters else repr(m), *functions(m))
         for name, m in model.named_modules(remove_duplicate=False)
     )
+
+
+def functions(module: Any) -> list[tuple[str, str]]:
+    return [(k, getattr(v, "__name__", repr(v))) for k, v in vars(module).items() if callable(v)]
 
 
 @contextlib.contextmanager
