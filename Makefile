@@ -28,7 +28,7 @@ lint: $(VENV)/.dev
 
 test: lint
 	if [ "$$REAL_MODELS" = 1 ]; then $(BIN)/python tests/real_models.py; fi
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # the tests that take minutes are left out of `make test`
 test-long: $(VENV)/.dev

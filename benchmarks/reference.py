@@ -39,7 +39,7 @@ from orthoact.interp.race import ROUNDING, Race
 HERE = Path(__file__).parent
 FILE = HERE / "reference.json"
 SIZES = (9, 17)
-STARTS = 96
+STARTS = 48
 FIRST = (
     *("gelu", "silu", "gelu_tanh", "mish", "relu6", "elu", "softplus", "tanh", "sigmoid", "quick_gelu", "selu"),
     *("hardswish", "relu2", "leaky_relu", "celu", "laplace", "log_sigmoid", "xielu", "softsign", "tanhshrink"),
@@ -315,6 +315,8 @@ def reference(family: str, target: str, degree: int) -> dict:
     if "refused" in row:
         return row
     p = problem(family, target, degree)
+    if row["fit"] <= floor(p):  # exact: nothing is better
+        return compare(row | {"reference": row["fit"]})
     random = np.random.default_rng([*map(ord, family + target), degree])
     search = search_piecewise if isinstance(p.family, Piecewise) else search_separable
     search = search if isinstance(p.family, Piecewise | Separable) else search_hermite

@@ -29,9 +29,23 @@ from torch import Tensor, nn
 from ..interp.activation import TENSORS, Activation
 from ..interp.errors import OrthoactError
 from .calls import Shared, expose_, hide_
+from .files import read_json
 from .names import CONFIG, DEMO, DEMO_NAME, METHOD, WEIGHTS, portable
 from .provenance import record_in, recorded_sha256, weight_files, weights_folder
-from .record import SENTINEL, attach, check, check_tensors, holds, located, put, put_in, rebuilt, spec_of, start
+from .record import (
+    SENTINEL,
+    attach,
+    check,
+    check_tensors,
+    holds,
+    located,
+    own_first,
+    put,
+    put_in,
+    rebuilt,
+    spec_of,
+    start,
+)
 from .sites import recognise
 from .sources import Source, load_source
 
@@ -209,8 +223,11 @@ class OrthoactModel(LoraModel):
             if config.target_modules == DUMMY_TARGET_MODULES:
                 config.target_modules = asked
         trained = adapter_name in self.active_adapters and not config.inference_mode
-        for name, path in places.items():
-            held, entry = model.get_submodule(path), config.orthoact["sites"][name]
+        for name in own_first(config.orthoact):
+            if name not in places:
+                continue
+            path, entry = places[name], config.orthoact["sites"][name]
+            held = model.get_submodule(path)
             if entry.get("shared") in places:  # one activation, called from several places
                 put(model, path, model.get_submodule(places[entry["shared"]]))
                 continue
@@ -326,7 +343,7 @@ def check_base(model: nn.Module, record: Mapping[str, Any]) -> dict[str, str]:
     check(record)
     places, shapes, made_of = {}, None, record.get("base", {}).get("model") or "the base model"
     kind = type(model).__name__
-    for name, path in located(model, record).items():
+    for name, path in sorted(located(model, record).items()):
         shapes = record.get("shapes", {}).get(name, shapes)
         if path is None:
             raise OrthoactError(
@@ -369,7 +386,7 @@ def adapter_config(model: nn.Module, spec: Mapping[str, Any] | None = None, **lo
     record = dict(spec or spec_of(model) or {})
     check(record)
     shapes, last = {}, None
-    for name, path in located(model, record).items():
+    for name, path in sorted(located(model, record).items()):  # as the file is: a name has the shapes of the last
         if path is not None and (found := shapes_at(model, path)) != last:
             shapes[name] = last = found
     kept = {k: v for k, v in record.items() if k not in ("activations", "fusion_sentinel")} | {"shapes": shapes}
@@ -436,7 +453,7 @@ def load_applied(name: str, folder: Path, local: bool, **options) -> Source:
 
     A local base is looked for by its name beside a local adapter; a Hub id is loaded at the recorded revision.
     """
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = read_json(folder / CONFIG)
     base, recorded = config.get("base_model_name_or_path"), record_in(config).get("base", {})
     if not isinstance(base, str) or not (
         DEMO_NAME.fullmatch(base) or re.fullmatch(r"(timm:)?\w[\w.-]*(/[\w.-]+)?", base)
@@ -494,6 +511,7 @@ def register() -> None:
         member._name_, member._value_ = METHOD, METHOD
         PeftType._member_map_[METHOD] = PeftType._value2member_map_[METHOD] = member
         PeftType._member_names_.append(METHOD)
+        type.__setattr__(PeftType, METHOD, member)  # Python 3.12 looks members up on the class
     if PeftType(METHOD) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name=METHOD.lower(), config_cls=OrthoactConfig, model_cls=OrthoactModel)
 

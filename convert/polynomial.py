@@ -277,7 +277,7 @@ def _affine(layer: nn.Linear) -> tuple[Tensor, Tensor]:
 
 def _numbers(act: Activation, width: int) -> Tensor:
     """The learnable numbers for each of `width` channels, float64: (width, numbers)."""
-    a = act.coefficients.detach().double().cpu()
+    a = act.exact_coefficients.detach().cpu()
     if act.groups is None:
         return a.expand(width, -1)
     if width % act.groups or act.channel not in (-1, 1):

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 
-from ..interp.activation import Activation
+from ..interp.activation import TENSORS, Activation
 from ..interp.errors import OrthoactError
 from .record import SENTINEL, check_tensors, located, put
 
@@ -53,29 +53,26 @@ def loadable(base: Any) -> Any:
                 set_activations(config, spec, SENTINEL)
             own = base.__name__ in (config.architectures or [])
             names = install_recorded(self, spec, complete=own)
+            if not names:
+                raise OrthoactError(
+                    f"none of the {len(spec['sites'])} recorded activations is in {base.__name__}: load the folder as "
+                    f"{', '.join(config.architectures or ['the model that was converted'])}"
+                )
             kept = {name.replace(".", r"\.") + r"\." for name in names}
             self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or ()) | kept
 
-        def _init_weights(self, module):
-            if type(module).__name__ == "Activation" and hasattr(module, "theta"):
-                raise OrthoactError("the file lacks numbers of a learnable activation: download it again")
-            super()._init_weights(module)
-
         @classmethod
-        def from_pretrained(cls, name=None, *args, config=None, **kwargs):
+        def from_pretrained(cls, name=None, *args, config=None, output_loading_info=False, **kwargs):
             if config is None:
                 config = cls.config_class.from_pretrained(name)
             held = getattr(config, "fusion_config", None)
             if held and SENTINEL in held:
                 config.fusion_config = {k: v for k, v in held.items() if k != SENTINEL} or None
-            result = super().from_pretrained(name, *args, config=config, **kwargs)
-            model = result[0] if isinstance(result, tuple) else result
+            model, info = super().from_pretrained(name, *args, config=config, output_loading_info=True, **kwargs)
             if held:
                 model.config.fusion_config = held
-            for path, module in model.named_modules():
-                if type(module).__name__ == "Activation" and hasattr(module, "theta"):
-                    check_tensors(path, module)
-            return result
+            check_loaded(model, info)
+            return (model, info) if output_loading_info else model
 
     Loadable.__name__ = Loadable.__qualname__ = base.__name__
     return Loadable
@@ -90,3 +87,40 @@ def set_activations(config: Any, spec: Mapping[str, Any], value: str | None) -> 
             owner = getattr(owner, part, None)
         if owner is not None and hasattr(owner, leaf):
             setattr(owner, leaf, recorded if value is None else value)
+
+
+def check_loaded(model: nn.Module, info: Mapping[str, Any]) -> None:
+    """Refuse a model that was loaded from a file without all numbers of its activations, or with damaged ones.
+
+    `info` is what transformers tells of its loading: what the file lacked is uninitialised memory by now.
+    """
+    lost = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
+    for path, module in model.named_modules():
+        if not is_activation(module):
+            continue
+        lacks = [key for key in TENSORS if f"{path}.{key}" in lost]
+        if lacks:
+            raise OrthoactError(
+                f"the file lacks {', '.join(lacks)} of the learnable activation {path!r}: it is incomplete; download "
+                f"it again"
+            )
+        check_tensors(path, module)  # pyright: ignore[reportArgumentType]
+
+
+def is_activation(module: nn.Module) -> TypeGuard[Activation]:
+    """Whether a module is a learnable activation, of this file or of orthoact."""
+    return type(module).__name__ == "Activation" and hasattr(module, "theta")
+
+
+def checked(base: Any) -> Any:
+    """The class `base` of transformers, whose activations are built by a library of its own, with the check of them."""
+
+    class Checked(base):
+        @classmethod
+        def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+            check_loaded(model, info)
+            return (model, info) if output_loading_info else model
+
+    Checked.__name__ = Checked.__qualname__ = base.__name__
+    return Checked

@@ -30,7 +30,7 @@ Key = tuple[str, str]
 """A definition: its module, dotted from the package's root, and its name."""
 
 TRANSFORMERS: tuple[Key, ...] = (("convert.runtime", "loadable"),)
-TIMM: tuple[Key, ...] = (("convert.timm_hooks", "register"),)
+TIMM: tuple[Key, ...] = (("convert.timm_hooks", "register"), ("convert.runtime", "checked"))
 """What the code file of each library starts from."""
 
 STUBS: dict[Key, str] = {
@@ -361,7 +361,7 @@ def write_standalone(model: nn.Module, folder: Path) -> None:
     if config.get("auto_map"):
         raise OrthoactError(f"{type(model).__name__} comes with code of its own: leave --standalone out")
     if hasattr(model, "pretrained_cfg"):
-        text, classes = code((*TIMM, *TRANSFORMERS), families) + TIMM_CLASSES, dict(TIMM_AUTO)
+        text, classes = code(TIMM, families) + TIMM_CLASSES, dict(TIMM_AUTO)
     else:
         classes = _auto_classes(model)
         names = sorted(set(classes.values()))
@@ -384,11 +384,11 @@ class TimmConfig(transformers.TimmWrapperConfig):
     """That of transformers: loading it has taught timm the model that the record names."""
 
 
-class TimmModel(transformers.TimmWrapperModel):
+class TimmModel(checked(transformers.TimmWrapperModel)):
     config_class = TimmConfig
 
 
-class TimmModelForImageClassification(transformers.TimmWrapperForImageClassification):
+class TimmModelForImageClassification(checked(transformers.TimmWrapperForImageClassification)):
     config_class = TimmConfig
 '''
 

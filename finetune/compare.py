@@ -58,7 +58,7 @@ def compare(
         scratch = out / STATE
         with Progress(variant, accelerator, quiet) as bar:
             bar.tell(f"{done + 1}/{len(todo)}: {row}, rate {lr:g}, seed {seed}")
-            cell = {"row": row, "learning_rate": lr, "seed": seed, **_cell(variant, scratch, processes, bar)}
+            cell = {"row": row, "learning_rate": lr, "seed": seed, **measured(variant, scratch, processes, bar)}
         held["cells"].append(cell)
         if main:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -73,8 +73,8 @@ def compare(
     }
 
 
-def _cell(variant: Recipe, folder: Path, processes: int | None, bar: Progress) -> dict[str, Any]:
-    """The figures of one run."""
+def measured(variant: Recipe, folder: Path, processes: int | None, bar: Progress) -> dict[str, Any]:
+    """The figures of one run, whose checkpoints are in `folder`; `diverged` alone where its loss was not finite."""
     try:
         accelerator = make_accelerator(variant, None, processes)
         facts, *_ = run(

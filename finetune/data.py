@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -88,6 +89,9 @@ def _splits(data: Data) -> dict[str, Any]:
         try:
             held = read_datasets(path)
         except OrthoactError as error:
+            if empty := re.search('Instruction "(.+?)" corresponds to no data', str(error)):
+                name = next((name for name in SPLITS if getattr(data, name) == empty[1]), "path")
+                raise OrthoactError(f"data.{name}: the split {empty[1]!r} of {data.path} is empty") from error
             raise OrthoactError(str(error).replace("--data", "data.path:")) from error
         return _named(data, held)
     if data.path.startswith((".", "/", "~")) or path.suffix:

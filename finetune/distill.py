@@ -99,7 +99,7 @@ class Distillation:
                     layer._disable_adapters = True  # enable_adapters would also freeze the adapter's weights
             for name, kept in self.held.items():
                 exits.callback(setattr, parameters[name], "data", parameters[name].data)
-                parameters[name].data = kept
+                parameters[name].data = self.held[name] = kept.to(parameters[name].device)
             yield model
 
     def _run(self, model: Any, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:

@@ -207,5 +207,5 @@ def fix_tails(act: Activation) -> Tensor:
     act.theta.copy_(act.theta.double() @ turn)
     act.transform.copy_(act.transform.double() @ turn)
     free = torch.arange(len(turned), device=act.theta.device) >= held
-    act.theta.requires_grad_(True).register_hook(lambda gradient: gradient * free)
+    act.theta.requires_grad_(True).register_hook(lambda gradient: gradient * free.to(gradient.device))
     return free

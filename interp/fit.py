@@ -26,7 +26,7 @@ from .joints import search_joints
 from .kinks import search_kinks
 from .problem import Problem, Side
 from .race import ROUNDING
-from .shapes import search_shapes
+from .shapes import FINE, search_shapes
 from .targets import Target, get_target
 
 POOR = 0.05
@@ -256,11 +256,15 @@ def _least_squares(
         return np.stack(values[:linear], axis=-1), np.stack(slopes[:linear], axis=-1) / scale
 
     core = (p.x >= lo) & (p.x <= hi)
-    root = np.sqrt(p.w[core])[:, None]
-    basis, slopes = rows(p.x[core])
-    share = np.linalg.norm(root * basis, axis=0)  # of each number in the copy
-    system = np.concatenate([root * basis, np.sqrt(p.weight) * root * slopes, rounding * np.diag(share)])
-    wanted = np.concatenate([root[:, 0] * p.f[core], np.sqrt(p.weight) * root[:, 0] * p.d[core], np.zeros(linear)])
+    x, w, f, d = p.x[core], p.w[core], p.f[core], p.d[core]
+    if shape and p.tails == "linear" and len(x) < FINE:  # a steep shape would hide between so few
+        x, w = (part[0] for part in p.gauss(np.array([[lo, hi]]), FINE))
+        f, d = p.target(x)
+    root = np.sqrt(w)
+    basis, slopes = (root[:, None] * part for part in rows(x))
+    share = np.linalg.norm(basis, axis=0)  # of each number in the copy
+    system = np.concatenate([basis, np.sqrt(p.weight) * slopes, rounding * np.diag(share)])
+    wanted = np.concatenate([root * f, np.sqrt(p.weight) * root * d, np.zeros(linear)])
     particular, free = np.zeros(linear), np.eye(linear)
     if p.tails == "linear":
         equalities, values = [], []
@@ -277,7 +281,6 @@ def _least_squares(
             raise p.cannot_meet()
     solution, _, _, singular = np.linalg.lstsq(system @ free, wanted - system @ particular, rcond=None)
     numbers = particular + free @ solution
-    numbers[np.abs(numbers) < 1e-12 * np.abs(numbers).max(initial=0)] = 0.0
     condition = float(singular[0] / singular[-1]) if len(singular) and singular[-1] > 0 else 1.0
     return [float(v) for v in numbers] + [float(v) for v in shape], condition
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from itertools import product
 from math import inf, isfinite
 
 import numpy as np
 
 from .family import Linear
-from .problem import Problem, Side
+from .problem import Problem, Side, legendre
 
 LOW = 7
 """The degree up to which all pairs of joints are scanned: one side may be worth more than the other."""
 
+NODES = 48
+"""Gauss-Legendre nodes in the core."""
+
 STARTS = 4
 """How many of them are improved."""
+
+SYMMETRIC = np.array([(-1.0, 1.0), (1.0, -1.0)])
+"""The ways of joints that stay symmetric."""
+
+SAME = 1e-4
+"""The share of J that a pair which is not symmetric must gain where law and target are symmetric."""
 
 
 def search_joints(p: Problem, sides: tuple[Side, Side]) -> tuple[float, float]:
@@ -25,7 +33,7 @@ def search_joints(p: Problem, sides: tuple[Side, Side]) -> tuple[float, float]:
         return fixed[0], fixed[1]
     objective = Objective(p, sides)
     centre, spread = p.bend()
-    symmetric = p.is_symmetric() and p.degree > LOW
+    symmetric = p.is_symmetric()
     if symmetric:
         centre = p.domain.mean
     least, most = p.ends
@@ -34,56 +42,58 @@ def search_joints(p: Problem, sides: tuple[Side, Side]) -> tuple[float, float]:
         # a parabola meets two lines only with joints symmetric about their crossing
         centre = (right[1] - left[1]) / (left[0] - right[0])
 
-    def joints(radius: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def joints(radius: np.ndarray) -> np.ndarray:
         lo = np.full_like(radius, fixed[0]) if fixed[0] is not None else np.maximum(centre - radius, least)
         hi = np.full_like(radius, fixed[1]) if fixed[1] is not None else np.minimum(centre + radius, most)
-        return lo, hi
+        return np.stack([lo, hi], axis=1)
 
-    radii, radius, value, exact = np.geomspace(0.4, 8, 16) * spread, spread, inf, False
-    for _ in range(3):
-        values = objective(*joints(radii))
-        value = float(values.min())
+    radii = np.geomspace(0.4, 8, 16) * spread
+    for _ in range(2):
+        ends = joints(radii)
+        values = objective(ends)
+        value = values.min()
         if not isfinite(value):
             raise p.cannot_meet()
         # where the copy is exact to rounding any joint will do: then three standard deviations
-        good = values <= value + 1e-14 * (1 + p.w @ p.f**2)
-        exact = bool(good.all())
-        best = np.flatnonzero(good)[np.abs(radii[good] - 3 * p.domain.std).argmin()]
-        radius = radii[best]
+        good = np.flatnonzero(values <= value + 1e-14 * (1 + p.w @ p.f**2))
+        best = good[np.abs(radii[good] - 3 * p.domain.std).argmin()]
+        if len(good) == len(radii):
+            return ends[best, 0], ends[best, 1]
         radii = np.linspace(radii[max(best - 1, 0)], radii[min(best + 1, len(radii) - 1)], 9)
-    lo, hi = (float(side[0]) for side in joints(np.array([radius])))
-    if p.degree <= LOW and not symmetric and not exact and fixed == (None, None):
+    found, value = pattern_search(p, objective, ends[best : best + 1], SYMMETRIC if symmetric else moves(fixed))
+    if p.degree <= LOW and fixed == (None, None):
         pairs = np.array(list(product(np.geomspace(0.3, 8, 14) * spread, repeat=2)))
         pairs = np.clip(centre + pairs * [-1, 1], least, most)
-        values = objective(*pairs.T)
-        ends = [pattern_search(p, objective, lo, hi, fixed, value)]
-        for i in np.argsort(values, kind="stable")[:STARTS]:  # finite: so is that of the scan
-            lo, hi = pairs[i].tolist()
-            ends.append(pattern_search(p, objective, lo, hi, fixed, float(values[i])))
-        return ends[int(np.argmin(objective(*np.array(ends).T)))]
-    if not symmetric and not exact:
-        lo, hi = pattern_search(p, objective, lo, hi, fixed, value)
-    return lo, hi
+        pairs = pairs[np.argsort(objective(pairs), kind="stable")[:STARTS]]
+        others, values = pattern_search(p, objective, pairs, moves(fixed))
+        if values.min() < value[0] * (1 - SAME):
+            found = others[[values.argmin()]]
+    return float(found[0, 0]), float(found[0, 1])
 
 
-def pattern_search(p: Problem, objective, lo, hi, fixed, value) -> tuple[float, float]:
-    """Move both joints apart from each other, by steps of three sizes at once, until the smallest does not help."""
-    moves = np.array([(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1) if (a, b) != (0, 0)], dtype=float)
-    moves = np.unique(moves * [fixed[0] is None, fixed[1] is None], axis=0)
-    moves = np.concatenate([moves, moves / 3, moves / 9])
-    step = (hi - lo) / 8
+def moves(fixed: tuple[float | None, float | None]) -> np.ndarray:
+    """All directions in which a pair of joints can go."""
+    every = np.array([(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)], dtype=float)
+    every = np.unique(every * [fixed[0] is None, fixed[1] is None], axis=0)
+    return every[np.abs(every).max(axis=1) > 0]
+
+
+def pattern_search(p: Problem, objective: Objective, ends: np.ndarray, ways: np.ndarray):
+    """Move pairs of joints (starts, 2) by steps of three sizes at once, until the least does not help; and J there."""
+    ways = np.concatenate([ways, ways / 3, ways / 9])
+    values, step = objective(ends), (ends[:, 1] - ends[:, 0]) / 8
+    row = np.arange(len(ends))
     for _ in range(30):
-        at = np.clip(np.array([lo, hi]) + step * moves, *p.ends)
-        values = objective(at[:, 0], at[:, 1])
-        best = int(values.argmin())
-        if values[best] < value:
-            (lo, hi), value = at[best], values[best]
-            step *= max(1 / 3, np.abs(moves[best]).max())
-        else:
-            step /= 27
-        if step < 1e-3 * p.domain.std:
+        at = np.clip(ends[:, None] + step[:, None, None] * ways, *p.ends)
+        there = objective(at.reshape(-1, 2)).reshape(at.shape[:2])
+        best = there.argmin(axis=1)
+        better = there[row, best] < values
+        ends = np.where(better[:, None], at[row, best], ends)
+        values = np.minimum(there[row, best], values)
+        step = step * np.where(better, np.maximum(1 / 3, np.abs(ways[best]).max(axis=1)), 1 / 27)
+        if step.max() < 1e-3 * p.domain.std:
             break
-    return float(lo), float(hi)
+    return ends, values
 
 
 class Objective:
@@ -98,7 +108,7 @@ class Objective:
         p, family = samples, samples.family
         assert isinstance(family, Linear)
         self.reach = family.reach(samples.degree)
-        self.t, self.gauss = _legendre()
+        self.t = legendre(NODES)[0]
         self.step = p.step
         z = np.concatenate([self.reach * self.t, [-self.reach, self.reach]])
         values = np.stack(family.basis(z, p.degree), axis=-1)
@@ -113,15 +123,13 @@ class Objective:
         self.equalities = u, size[:rank], vt[:rank]
         self.free = vt[rank:].T
 
-    def __call__(self, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
-        p, weight = self.samples, self.samples.weight
+    def __call__(self, joints: np.ndarray) -> np.ndarray:
+        (lo, hi), p, weight = joints.T, self.samples, self.samples.weight
         narrow = hi - lo < (p.degree + 1) * self.step  # fewer nodes than coefficients
         hi = np.where(narrow, lo + 1, hi)
-        half = (hi - lo)[:, None] / 2
-        unit = half / self.reach
-        x = (lo + hi)[:, None] / 2 + half * self.t
+        unit = (hi - lo)[:, None] / 2 / self.reach
+        x, w = p.gauss(np.stack([lo, hi], axis=1), NODES)
         f, d = (part.reshape(x.shape) for part in p.target(x.ravel()))
-        w = np.interp(x, p.x, p.w) / self.step * half * self.gauss
         tails, wanted = np.zeros(len(lo)), []
         for i, (side, joint) in enumerate(zip(self.sides, (lo, hi), strict=True)):
             value, slope = p.ask(side, joint)
@@ -143,8 +151,3 @@ class Objective:
         error, slope_error = c @ self.values.T - f, c @ self.slopes.T / unit - d
         value = (w * (error**2 + weight * slope_error**2)).sum(axis=1) + tails
         return np.where(missed | narrow, inf, value)
-
-
-@lru_cache
-def _legendre() -> tuple[np.ndarray, np.ndarray]:
-    return np.polynomial.legendre.leggauss(48)

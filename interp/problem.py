@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import inf
 
 import numpy as np
@@ -123,6 +124,13 @@ class Problem:
         """The target's second derivative at `x`, by differences."""
         return np.interp(x, (self.x[1:] + self.x[:-1]) / 2, np.diff(self.d) / self.step)
 
+    def gauss(self, joints: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Gauss-Legendre nodes between each pair of joints, (pairs, count), and their weights under the law."""
+        t, w = legendre(count)
+        half = (joints[:, 1:] - joints[:, :1]) / 2
+        x = joints.mean(axis=1, keepdims=True) + half * t
+        return x, np.interp(x, self.x, self.w) / self.step * half * w
+
     def tail(self, i: int, line: Line | None, joint: np.ndarray) -> np.ndarray:
         """The share of J in the left (0) or right (1) tail for each joint."""
         if line is not None:
@@ -146,3 +154,8 @@ class Problem:
             f"--degree {self.degree}: a {self.family.name} core of this degree cannot meet the asymptotes of "
             f"{self.target.name} at both joints; raise the degree or use --tails none"
         )
+
+
+@lru_cache
+def legendre(count: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.polynomial.legendre.leggauss(count)

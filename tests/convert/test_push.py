@@ -1,6 +1,7 @@
 """Pushing: the real client against a Hub on loopback that also breaks, then loaded back by id in a fresh process."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,8 +85,10 @@ def test_push_and_load_back(hub, run, folders):
     code = """
 dry = push("full", "tester/m", dry_run=True)
 print(json.dumps([dry, push("full", "m"), push("adapter", "tester/a", private=True), push("timm", "tester/t"),
-                  push("full", "tester/m", revision="next", message="Next")]))
+                  push("second", "tester/m", revision="next", message="Next")]))
 """
+    shutil.copytree(folders / "full", folders / "second", symlinks=True)
+    (folders / "second" / "NOTES.md").write_text("what is new on this branch")
     dry, full, adapter, _, branch = run(code)
     assert {row["path"] for row in dry["files"]} == PUSHED
     assert {p.name for p in hub.folder("tester/m").iterdir()} == PUSHED
@@ -99,7 +102,8 @@ print(json.dumps([dry, push("full", "m"), push("adapter", "tester/a", private=Tr
     }
     assert "tester/a" in hub.private and branch["revision"] == "next" and hub.branches("tester/m") == ["main", "next"]
     commits = [line for line in hub.log if "/commit/" in line]
-    assert len(commits) == 4
+    assert len(commits) == 4, "one for each push, whatever it uploads"
+    assert (hub.folder("tester/m", "next") / "NOTES.md").is_file()
     code = """
 import torch, timm
 from transformers import AutoModelForCausalLM

@@ -81,7 +81,7 @@ def test_the_teacher_stays_the_original_whatever_trains(what):
     batch = batch_of(model)
     with torch.no_grad():
         told = outputs(tiny.hf("gpt2"), batch)["logits"]
-    rate = 1e-3 if what == "all" else 0.02
+    rate = {"all": 1e-3, "bias": 5e-3}.get(what, 0.02)
     trainable = choose(model, what, learning_rate=rate, activation_learning_rate=0.02, lora_rank=2)
     distillation = Distillation(model)
     optimiser = torch.optim.Adam(trainable.groups)
@@ -206,7 +206,7 @@ def test_a_coarse_conversion_of_the_demo_recovers():
     from orthoact.convert.sources import load_source
 
     source = load_source("demo")
-    convert_(source.model, degree=3)
+    convert_(source.model, degree=2)
     before = evaluate(source, limit=512)
     trainable = choose(source.model, "activations", learning_rate=0.01)
     distillation = Distillation(source.model)
@@ -217,5 +217,5 @@ def test_a_coarse_conversion_of_the_demo_recovers():
         distillation.loss(source.model, {"input_ids": ids}).backward()
         optimiser.step()
     after = evaluate(source, limit=512)
-    assert trainable.total == 24 and before["change"] > 10
+    assert trainable.total == 18 and before["change"] > 10
     assert after["kl"] < before["kl"] / 4
