@@ -82,11 +82,22 @@ def transformers_names() -> list[str]:
         last = classes[-1:]
         classes = [c for c in dict.fromkeys(classes) if c not in taken] or classes[:1] or part_classes(kind)
         taken.update(classes)
+        classes = [WHOLE[kind]] if kind in WHOLE else classes
         rows.append(f"transformers:{kind}/{(classes or ['?'])[0]}")
         trunks += [
             f"base:{kind}/{c}" for c in last if c in maps["MODEL_MAPPING_NAMES"].get(kind, ()) and c != classes[0]
         ]
     return rows + trunks
+
+
+WHOLE = {
+    "emu3": "Emu3ForConditionalGeneration",
+    "llama4": "Llama4ForConditionalGeneration",
+    "musicgen": "MusicgenForConditionalGeneration",
+    "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
+    "dots3_note": "Dots3NoteForConditionalGeneration",
+}
+"""The class that takes the config of a type, where the first one known takes only a part of it."""
 
 
 def part_classes(kind: str) -> list[str]:
@@ -713,7 +724,8 @@ def table() -> bool:
     import torch
     import transformers
 
-    rows = dict(sorted(read().items()))
+    known = set(transformers_names())
+    rows = {k: row for k, row in sorted(read().items()) if row["library"] in ("timm", "trip") or k in known}
     kept = [json.dumps(key) + ": " + json.dumps(plain(row), separators=(",", ":")) for key, row in rows.items()]
     ROWS.write_text("{\n" + ",\n".join(kept) + "\n}\n")
     JOURNAL.unlink(missing_ok=True)
