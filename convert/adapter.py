@@ -268,8 +268,12 @@ class OrthoactModel(LoraModel):
         here = {k.removeprefix("base_model.model."): v for k, v in state_dict.items()}
         whole = getattr(model, "base_model", model)
         whole = whole.model if isinstance(whole, OrthoactModel) else model
-        for name, path in located(whole, config.orthoact).items():
-            if config.orthoact["sites"][name].get("shared"):
+        places = located(whole, config.orthoact)
+        for name in own_first(config.orthoact):
+            path, first = places[name], config.orthoact["sites"][name].get("shared")
+            if first is not None:  # the same tensors by another name
+                for key in ("theta", "fixed"):
+                    here[f"{path}.{LAYER}.{key}"] = here[f"{places[first]}.{LAYER}.{key}"]
                 continue
             layer = None if path is None else whole.get_submodule(path)
             act = layer.orthoact_act[adapter_name] if isinstance(layer, ActivationLayer) else None
@@ -395,8 +399,7 @@ def adapter_config(model: nn.Module, spec: Mapping[str, Any] | None = None, **lo
         orthoact=kept,
         base_model_name_or_path=base.get("model"),
         revision=base.get("revision"),
-        task_type=_task(model),
-        **lora,
+        **{"task_type": _task(model), **lora},
     )
 
 
@@ -420,13 +423,8 @@ def to_peft(model: nn.Module, **lora) -> peft.PeftModel:
 
 
 def _task(model: nn.Module) -> str | None:
-    endings = {
-        ("LMHeadModel", "ForCausalLM"): "CAUSAL_LM",
-        ("ForConditionalGeneration",): "SEQ_2_SEQ_LM",
-        ("ForSequenceClassification",): "SEQ_CLS",
-        ("ForTokenClassification",): "TOKEN_CLS",
-        ("ForQuestionAnswering",): "QUESTION_ANS",
-    }
+    """The task that PEFT gives a class of its own; with the tasks of classifiers it would ask for their heads too."""
+    endings = {("LMHeadModel", "ForCausalLM"): "CAUSAL_LM", ("ForConditionalGeneration",): "SEQ_2_SEQ_LM"}
     name = type(model).__name__
     return next((task for ending, task in endings.items() if name.endswith(ending)), None)
 

@@ -1,7 +1,6 @@
 """Folders of somebody who means harm: refused in one sentence, in bounded memory, and nothing of theirs is run."""
 
 import json
-import pickle
 import shutil
 import warnings
 
@@ -108,7 +107,7 @@ def test_files_beyond_all_bounds(folders):
     for form, name in (("full", "config.json"), ("adapter", "adapter_config.json")):
         with open(folders / form / name, "r+b") as file:
             file.truncate(10 * 2**30)
-        with pytest.raises(OrthoactError, match="expected a file of at most|no config.json|checkpoint folder"):
+        with pytest.raises(OrthoactError, match=r"expected a file of at most|no config\.json|checkpoint folder"):
             orthoact.load(folders / form)
 
 
@@ -151,11 +150,8 @@ def test_nothing_of_theirs_is_run(folders, tmp_path):
     marker = tmp_path / "ran"
     for form, weights in (("full", "model.safetensors"), ("adapter", "adapter_model.safetensors")):
         (folders / form / weights).unlink()
-        with open(
-            folders / form / weights.replace(".safetensors", ".bin").replace("model.bin", "model.bin"), "wb"
-        ) as f:
-            pickle.dump({"transformer.h.0.mlp.act.theta": Harm(marker)}, f)
-        shutil.copy(f.name, folders / form / "pytorch_model.bin")
+        for name in (weights.replace(".safetensors", ".bin"), "pytorch_model.bin"):
+            torch.save({"transformer.h.0.mlp.act.theta": Harm(marker)}, folders / form / name)
         with pytest.raises(OrthoactError):
             orthoact.load(folders / form)
         with pytest.raises(OrthoactError):
