@@ -268,12 +268,11 @@ class OrthoactModel(LoraModel):
         here = {k.removeprefix("base_model.model."): v for k, v in state_dict.items()}
         whole = getattr(model, "base_model", model)
         whole = whole.model if isinstance(whole, OrthoactModel) else model
-        places = located(whole, config.orthoact)
+        places, twins = located(whole, config.orthoact), {}
         for name in own_first(config.orthoact):
             path, first = places[name], config.orthoact["sites"][name].get("shared")
-            if first is not None:  # the same tensors by another name
-                for key in ("theta", "fixed"):
-                    here[f"{path}.{LAYER}.{key}"] = here[f"{places[first]}.{LAYER}.{key}"]
+            if first is not None:
+                twins[path] = places[first]
                 continue
             layer = None if path is None else whole.get_submodule(path)
             act = layer.orthoact_act[adapter_name] if isinstance(layer, ActivationLayer) else None
@@ -293,9 +292,14 @@ class OrthoactModel(LoraModel):
             _check_packed(
                 name, cast(PackedActivation, act), here[f"{path}.{LAYER}.theta"], here[f"{path}.{LAYER}.fixed"]
             )
-        return super()._remap_adapter_state_dict_for_load(
+        found = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, {f"base_model.model.{k}": v for k, v in here.items()}
         )
+        for path, first in twins.items():  # the same tensors by another name
+            for key in ("theta", "fixed"):
+                at = f"base_model.model.{{}}.{LAYER}.{adapter_name}.{key}"
+                found[at.format(path)] = found[at.format(first)]
+        return found
 
 
 def _check_packed(name: str, act: PackedActivation, theta: Tensor, fixed: Tensor) -> None:
@@ -475,6 +479,8 @@ def load_applied(name: str, folder: Path, local: bool, **options) -> Source:
                 f"{name}: the weights {file.name} of {base} are not those that the adapter was made of; "
                 f"give PeftModel.from_pretrained the base at revision {recorded.get('revision')}"
             )
+    if not (folder / WEIGHTS).is_file():
+        raise OrthoactError(f"{name}: the adapter has no {WEIGHTS}; its weights are lost, or pickled")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks for the old name
         peft_model = peft.PeftModel.from_pretrained(source.model, str(folder))

@@ -1,7 +1,6 @@
 """Folders of somebody who means harm: refused in one sentence, in bounded memory, and nothing of theirs is run."""
 
 import json
-import shutil
 import warnings
 
 import hostile
