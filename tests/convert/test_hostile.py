@@ -158,7 +158,7 @@ def test_nothing_of_theirs_is_run(folders, tmp_path):
     with pytest.raises(Exception, match=r"weights_only|WeightsUnpickler|safe"):
         PeftModel.from_pretrained(tiny.hf("gpt2"), str(folders / "adapter"))
     code = folders / "standalone" / "modeling_orthoact.py"
-    code.write_text(f"open({str(marker)!r}, 'w').write('ran')\n" + code.read_text())
+    code.write_text(f"{code.read_text()}\nwith open({str(marker)!r}, 'w'):\n    pass\n")
     model = orthoact.load(folders / "standalone")
     assert sum(isinstance(m, orthoact.Activation) for m in model.modules()) == 2
     tf.AutoModelForCausalLM.from_pretrained(folders / "standalone")
