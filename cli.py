@@ -26,8 +26,11 @@ class _Group(click.Group):
             raise click.ClickException(str(error)) from error
         except BrokenPipeError:
             raise
-        except OSError as error:  # a full disk, a folder that may not be written
-            raise click.ClickException(f"{error.filename or 'writing failed'}: {error.strerror or error}") from error
+        except OSError as error:
+            what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
+            raise click.ClickException(
+                f"{what}; is there room on the disk, and may you read and write there?"
+            ) from error
         except KeyboardInterrupt:
             raise click.ClickException("interrupted: nothing was written") from None
 
@@ -262,6 +265,8 @@ def fit(target, family, degree, tolerance, tails, derivative_weight, mean, std, 
             _console().print(sketch(result, get_target(target), min(_console().width, 80)), markup=False)
         _console().print("coefficients:", style="dim")
         click.echo(" ".join(f"{c:.9g}" for c in result.coefficients))
+        if plot:
+            _console().print(f"wrote {plot}", markup=False)
 
 
 @main.command(short_help="Replace the activations of MODEL; write a checkpoint.")
@@ -704,9 +709,12 @@ def finetune(recipe, overrides, output, num_processes, resume, compare, offline,
     elif not quiet:
         columns = [("before training", "zero_step"), ("validation", "validation"), ("best", "best"), ("test", "test")]
         names = list(facts["test"])
-        rows = [[label, *((facts[key] or {}).get(name, "") for name in names)] for label, key in columns]
+        shown = {key: {name: f"{value:.5g}" for name, value in (facts[key] or {}).items()} for _, key in columns}
+        rows = [[label, *(shown[key].get(name, "") for name in names)] for label, key in columns]
         _table(f"after {facts['step']} steps", ["", *names], rows)
         _console().print(f"wrote {facts['output']}")
+    if not (quiet or as_json or no_report):
+        _console().print(f"see {Path(facts['output']) / 'report.html'}")
 
 
 @main.command(short_help="List the recipes, or print one.")

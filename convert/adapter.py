@@ -515,6 +515,7 @@ def register() -> None:
         member._name_, member._value_ = METHOD, METHOD
         PeftType._member_map_[METHOD] = PeftType._value2member_map_[METHOD] = member
         PeftType._member_names_.append(METHOD)
+        type.__setattr__(PeftType, METHOD, member)  # Python 3.12 looks members up on the class
     if PeftType(METHOD) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name=METHOD.lower(), config_cls=OrthoactConfig, model_cls=OrthoactModel)
 

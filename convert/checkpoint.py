@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from .._version import __version__
@@ -31,6 +32,9 @@ FORMS = ("full", "adapter", "standalone")
 def check_output(out: Path, *, overwrite: bool) -> None:
     """Refuse, before any work is done, a folder that must not be written."""
     out = Path(os.path.abspath(out.expanduser()))
+    place = next(path for path in (out, *out.parents) if path.exists())
+    if place != out and not (place.is_dir() and os.access(place, os.W_OK)):
+        raise OrthoactError(f"{out}: nothing can be written into {place}; give another folder with -o")
     if not out.exists():
         return
     if not overwrite:
@@ -68,6 +72,8 @@ def replacing(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 os.rename(old, out)
                 raise
             shutil.rmtree(old, ignore_errors=True)
+    except SafetensorError as error:  # a full disk, which it does not tell as an OSError
+        raise OrthoactError(f"{out}: its weights could not be written ({error}); nothing is left of it") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

@@ -71,8 +71,8 @@ def is_converted(folder: Path) -> bool:
         return False
 
 
-def check_push(repo: str) -> None:
-    """Refuse, before any work is done, a repository's name that is none, and a push without a token."""
+def check_push(repo: str, *, token: bool = True) -> None:
+    """Refuse, before any work is done, a repository's name that is none, and where `token`, a push without one."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -81,7 +81,7 @@ def check_push(repo: str) -> None:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise OrthoactError(f"{repo!r} is no name of a repository: expected NAME or OWNER/NAME ({error})") from error
-    if get_token() is None:
+    if token and get_token() is None:
         raise OrthoactError("no token for the Hub: log in with `hf auth login`, or set HF_TOKEN")
 
 
@@ -115,9 +115,9 @@ def push(
         rows = [{"path": k, "bytes": len(v) if isinstance(v, bytes) else v.stat().st_size} for k, v in held]
         return {"repo": repo, "revision": revision or "main", "files": rows}
 
+    check_push(repo, token=not dry_run)
     if dry_run:
         return result()
-    check_push(repo)
     api = HfApi()
 
     def tried(step: Callable[[], T]) -> T:

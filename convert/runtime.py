@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -107,7 +107,7 @@ def check_loaded(model: nn.Module, info: Mapping[str, Any]) -> None:
         check_tensors(path, module)  # pyright: ignore[reportArgumentType]
 
 
-def is_activation(module: nn.Module) -> bool:
+def is_activation(module: nn.Module) -> TypeGuard[Activation]:
     """Whether a module is a learnable activation, of this file or of orthoact."""
     return type(module).__name__ == "Activation" and hasattr(module, "theta")
 

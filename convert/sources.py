@@ -205,10 +205,17 @@ def fetch(name: str, patterns: list[str]) -> Path:
 
 def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:
+        if is_offline_mode() and isinstance(error, LocalEntryNotFoundError):
+            raise OrthoactError(
+                f"{name}: there is no such folder here, and HF_HUB_OFFLINE keeps it from being fetched; check the "
+                f"name, or unset HF_HUB_OFFLINE"
+            ) from error
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise OrthoactError(
             f"{name}: there is no such folder here, and the Hub did not give it ({type(error).__name__}: {why}); "

@@ -341,3 +341,28 @@ def test_evaluate_refuses_bad_data(converted, tmp_path):
         assert message in call("evaluate", converted, "--data", data, code=1).stderr
     assert "is not converted" in call("evaluate", "demo", code=1).stderr
     assert "--limit 0" in call("evaluate", converted, "--limit", "0", code=1).stderr
+
+
+def test_a_disk_without_room_is_told_in_one_sentence(tmp_path):
+    """The size of files limited instead: the writes fail alike."""
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
+        "sys.dont_write_bytecode = True; from orthoact.cli import main; main(sys.argv[1:])"
+    )
+    for args, left in ((["convert", "demo", "-o", "out"], []), (["fit", "gelu", "--plot", "old.svg"], ["old.svg"])):
+        for name in left:
+            (tmp_path / name).write_text("as it was")
+        command = [sys.executable, "-W", "ignore", "-c", code, *args]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        assert done.stderr.splitlines()[-1].startswith("Error: ") and "too large" in done.stderr, done.stderr
+        assert [p.name for p in tmp_path.iterdir()] == left
+        assert all((tmp_path / name).read_text() == "as it was" for name in left)
+        (tmp_path / "old.svg").unlink(missing_ok=True)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = call("convert", "demo", "-o", "file/out", code=1)
+    assert "nothing can be written into" in result.stderr and "loading" not in result.stderr
