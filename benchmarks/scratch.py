@@ -31,7 +31,7 @@ MODELS = {
         "a ConvNeXt of 5 blocks on Fashion-MNIST, 2,000 images",
         "scratch-convnext",
         {
-            "train.max_steps": 600,
+            "train.max_steps": 300,
             "data.validation_limit": 1000,
             "data.test_limit": 2000,
             "train.evaluation_batch_size": 100,
@@ -71,7 +71,7 @@ def markdown(folder: Path) -> str:
             continue
         metric = "perplexity" if recipe.task == "causal-lm" else "accuracy"
         ran = ", ".join(sorted({c["device"] for c in cells}))
-        lines += ["", f"## {title[0].upper()}{title[1:]}", ""]
+        lines += ["", f"### {title[0].upper()}{title[1:]}", ""]
         lines += [f"{recipe.train.max_steps} steps of {recipe.train.batch_size}. Ran on {ran}; `--models {name}`.", ""]
         lines += [f"| activation | numbers | rate | held-out loss | held-out {metric} | runs that diverged | s | MB |"]
         lines += ["|---|---|---|---|---|---|---|---|"]

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from ..interp.activation import TENSORS, Activation
 from ..interp.errors import OrthoactError
 from .calls import Shared, expose_, hide_
+from .files import read_json
 from .names import CONFIG, DEMO, DEMO_NAME, METHOD, WEIGHTS, portable
 from .provenance import record_in, recorded_sha256, weight_files, weights_folder
 from .record import (
@@ -452,7 +453,7 @@ def load_applied(name: str, folder: Path, local: bool, **options) -> Source:
 
     A local base is looked for by its name beside a local adapter; a Hub id is loaded at the recorded revision.
     """
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = read_json(folder / CONFIG)
     base, recorded = config.get("base_model_name_or_path"), record_in(config).get("base", {})
     if not isinstance(base, str) or not (
         DEMO_NAME.fullmatch(base) or re.fullmatch(r"(timm:)?\w[\w.-]*(/[\w.-]+)?", base)
@@ -510,6 +511,7 @@ def register() -> None:
         member._name_, member._value_ = METHOD, METHOD
         PeftType._member_map_[METHOD] = PeftType._value2member_map_[METHOD] = member
         PeftType._member_names_.append(METHOD)
+        type.__setattr__(PeftType, METHOD, member)  # Python 3.12 looks members up on the class
     if PeftType(METHOD) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name=METHOD.lower(), config_cls=OrthoactConfig, model_cls=OrthoactModel)
 

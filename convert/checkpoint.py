@@ -18,6 +18,7 @@ from torch import nn
 
 from .._version import __version__
 from ..interp.errors import OrthoactError
+from .files import read_json
 from .names import is_adapter
 from .provenance import provenance
 from .record import SENTINEL, spec_of
@@ -182,7 +183,7 @@ def described(source: Source) -> dict[str, Any]:
 
     before = source.folder / REPORT if source.folder else None
     if before is not None and before.is_file():
-        return {"card": json.loads(before.read_text(encoding="utf-8")).get("base", {}).get("card", {})}
+        return {"card": (read_json(before, strict=False).get("base") or {}).get("card") or {}}
     try:
         found = metadata_load(source.folder / "README.md") if source.folder else None
     except (OSError, ValueError):  # no card, or one whose metadata are broken

@@ -10,10 +10,26 @@ from typing import Any, TypeVar
 
 from ..interp.errors import OrthoactError
 from .card import MARK, make_card
+from .files import read_json
 from .names import is_adapter
-from .provenance import recorded_base
+from .provenance import record_in
 
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".msgpack", ".h5", ".onnx", ".pyc")
+PICKLES = (
+    ".bin",
+    ".pt",
+    ".pth",
+    ".pkl",
+    ".pickle",
+    ".ckpt",
+    ".npy",
+    ".npz",
+    ".msgpack",
+    ".h5",
+    ".onnx",
+    ".data",
+    ".pt2",
+    ".pyc",
+)
 """Endings that never go along: what could run code, or is no part of a model folder."""
 
 STATE = ("state", "checkpoint-", "runs", "__pycache__")
@@ -49,14 +65,10 @@ def files_of(folder: Path) -> list[Path]:
 
 def is_converted(folder: Path) -> bool:
     """Whether a folder's config has a record."""
-    import json
-
-    from .provenance import record_in
-
     try:
-        return bool(record_in(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
-    except (OSError, ValueError, AttributeError):
-        return recorded_base(folder) is not None
+        return bool(record_in(read_json(folder / "config.json", strict=False)))
+    except OrthoactError:
+        return False
 
 
 def check_push(repo: str, *, token: bool = True) -> None:

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from . import engine
 from .family import Family, fma
-from .layout import Layout, blocks
+from .layout import LEAST_ROW, Layout, blocks
 
 
 class Frame(NamedTuple):
@@ -106,7 +106,7 @@ class Curve(torch.autograd.Function):
 def _values(family: Family, layout: Layout, flat: Tensor, spread: Tensor, frame: Tensor) -> Tensor:
     out = torch.empty_like(flat)
     source, into, joints = layout.columns(flat), layout.columns(out), Frame(*frame.unbind())
-    for block in blocks(source.shape):
+    for block in blocks(source):
         numbers = list(spread[:, block[1]].unbind())
         into[block] = value(family, source[block].to(spread.dtype), numbers, joints)
     return out
@@ -118,7 +118,7 @@ def _gradients(
     out, sums = torch.empty_like(flat), None
     source, steeps, into = layout.columns(flat), layout.columns(steep), layout.columns(out)
     joints = Frame(*frame.unbind())
-    for block in blocks(source.shape):
+    for block in blocks(source):
         x, grad = source[block].to(spread.dtype), steeps[block].to(spread.dtype)
         numbers = list(spread[:, block[1]].unbind())
         into[block] = slope(family, x, numbers, joints).mul_(grad)
@@ -158,18 +158,22 @@ def _gradients_by_kernel(
     views = [layout.rows(flat), layout.rows(steep)]
     held = spread.view(-1) if layout.kind == "one" else spread
 
-    def run(x: Tensor, grad: Tensor, numbers: Tensor, frame: Tensor) -> tuple[Tensor, ...]:
-        wide, grad, joints = x.to(numbers.dtype), grad.to(numbers.dtype), Frame(*frame.unbind())
+    # the unit for each row: with it the values are no single row, and are computed in the loop of the sums
+    units = frame[2].expand(views[0].shape[0], *[1] * (views[0].dim() - 1)).contiguous()
+
+    def run(x: Tensor, grad: Tensor, numbers: Tensor, frame: Tensor, units: Tensor) -> tuple[Tensor, ...]:
+        wide, grad = x.to(numbers.dtype), grad.to(numbers.dtype)
+        joints = Frame(*frame.unbind())._replace(unit=units)
         each = list(numbers.unbind())
         out = (slope(family, wide, each, joints) * grad).to(x.dtype)
         if not by_numbers:
             return (out,)
         return out, *((part * grad).sum(-1) for part in parts(family, wide, each, joints))
 
-    found = _kernel(run, f"gradients {by_numbers}", family, layout, views, held, frame)
+    found = _kernel(run, f"gradients {by_numbers}", family, layout, views, held, frame, units)
     if found is None:
         return _gradients(family, layout, flat, steep, spread, frame, by_numbers)
-    out, *sums = found(*views, held, frame)
+    out, *sums = found(*views, held, frame, units)
     out = (out.transpose(1, 2) if layout.kind == "channel" else out).reshape(-1)
     if not sums:
         return out, None
@@ -177,20 +181,39 @@ def _gradients_by_kernel(
 
 
 def _kernel(
-    run: Any, name: str, family: Family, layout: Layout, views: list[Tensor], numbers: Tensor, frame: Tensor
+    run: Any,
+    name: str,
+    family: Family,
+    layout: Layout,
+    views: list[Tensor],
+    numbers: Tensor,
+    frame: Tensor,
+    *rows: Tensor,
 ) -> Any:
     """The kernel of `run` for views of this kind; sizes that are not those of `numbers` vary from call to call."""
     x = views[0]
-    key = (name, family, layout.kind, x.dtype, x.device, numbers.shape, numbers.dtype)
+    varying = (
+        (0, 2)
+        if layout.kind != "one"
+        else (0,)
+        if x.shape[1] & (x.shape[1] - 1) == 0 and x.shape[1] >= LEAST_ROW
+        else (0, 1)
+    )
+    fixed = tuple(size for axis, size in enumerate(x.shape) if axis not in varying)
+    key = (name, family, layout.kind, x.dtype, x.device, fixed, numbers.shape, numbers.dtype)
 
     def example() -> list[tuple[Tensor, tuple[int, ...]]]:
-        varying = (0, 1) if layout.kind == "one" else (0, 2)
         sizes = [1 if axis in varying else size for axis, size in enumerate(x.shape)]
-        sizes[0], sizes[varying[1]] = 8, max(24, 2**20 // 8 // max(prod(sizes), 1))
+        sizes[0] = 8
+        if len(varying) > 1:
+            sizes[varying[1]] = max(24, 2**20 // 8 // max(prod(sizes) // 8, 1))
+        else:
+            sizes[0] = max(8, 2**20 // sizes[1])
         made = [torch.zeros(sizes, dtype=x.dtype, device=x.device) for _ in views]
         if layout.kind == "channel":
             made = [each.transpose(1, 2).contiguous().transpose(1, 2) for each in made]
-        return [*((each, varying) for each in made), (numbers, ()), (frame, ())]
+        of_rows = [each[:1].expand(sizes[0], *each.shape[1:]).contiguous() for each in rows]
+        return [*((each, varying) for each in made), (numbers, ()), (frame, ()), *((each, (0,)) for each in of_rows)]
 
     return engine.kernel(key, run, example)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ BLOCK = 2**15
 
 ROW = 4096
 """Most values that are summed in one go, if the size of the input can be halved so often."""
+
+LEAST_ROW = 64
+"""Least length of rows that a kernel is made for; shorter ones vary from call to call."""
 
 TILE = 128, 256
 """Most rows and channels that the kernels cross with the same numbers in the cache."""
@@ -88,7 +91,8 @@ class Layout:
     def rows(self, flat: Tensor) -> Tensor:
         """A view for the kernel of the gradients, in the order of its loops: it sums over the last axis."""
         if self.kind == "one":
-            return flat.view(-1, _part(len(flat), ROW))
+            row = gcd(len(flat), ROW)
+            return flat.view(-1, row if row >= LEAST_ROW else _part(len(flat), ROW))
         if self.kind == "channel":
             return flat.view(-1, _part(self.outer, TILE[0]), self.channels).transpose(1, 2)
         return self.columns(flat)
@@ -105,9 +109,10 @@ def _halve(size: int, most: int) -> int:
     return size
 
 
-def blocks(shape: torch.Size) -> Iterator[tuple[slice, slice, slice]]:
-    """Slices that cover a view (outer, columns, inner), of about BLOCK values for each thread."""
-    room, steps = BLOCK * torch.get_num_threads(), []
+def blocks(view: torch.Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """Slices that cover a view (outer, columns, inner), of about BLOCK values a thread; on a GPU, of far more."""
+    shape, steps = view.shape, []
+    room = BLOCK * torch.get_num_threads() if view.device.type == "cpu" else 2**24
     for size in reversed(shape):
         steps.insert(0, max(1, min(size, room)))
         room = room // max(size, 1) if size <= room else 1

@@ -104,7 +104,7 @@ def saving(root: Path, form: str) -> dict:
     step = 0
     while check(forked(lambda: job(6), step)):
         step += 1
-    for _ in range(20):
+    for _ in range(8):
         check(at_random(lambda: job(6), times.uniform(0, took)))
     job(4)
     return {**left, "beside": sorted(p.name for p in root.iterdir())}

@@ -19,13 +19,16 @@ def killed(job, folder):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(("form", "steps"), [("full", 12), ("adapter", 5), ("standalone", 12)])
+@pytest.mark.parametrize(
+    ("form", "steps"), [("full", 12), ("adapter", 5), pytest.param("standalone", 12, marks=pytest.mark.long)]
+)
 def test_saving(form, steps, tmp_path):
     found = killed(form, tmp_path / "work")
     assert found["old"] >= steps and found["new"] >= 1, "killed before the exchange and after it"
     assert found["beside"] == ["out"], "nothing is left beside it"
 
 
+@pytest.mark.long
 def test_converting(tmp_path):
     found = killed("convert", tmp_path / "work")
     assert found["old"] >= 3 and found["beside"] == ["out"]
