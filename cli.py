@@ -26,8 +26,11 @@ class _Group(click.Group):
             raise click.ClickException(str(error)) from error
         except BrokenPipeError:
             raise
-        except OSError as error:  # a full disk, a folder that may not be written
-            raise click.ClickException(f"{error.filename or 'writing failed'}: {error.strerror or error}") from error
+        except OSError as error:
+            what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
+            raise click.ClickException(
+                f"{what}; is there room on the disk, and may you read and write there?"
+            ) from error
         except KeyboardInterrupt:
             raise click.ClickException("interrupted: nothing was written") from None
 
@@ -262,6 +265,8 @@ def fit(target, family, degree, tolerance, tails, derivative_weight, mean, std, 
             _console().print(sketch(result, get_target(target), min(_console().width, 80)), markup=False)
         _console().print("coefficients:", style="dim")
         click.echo(" ".join(f"{c:.9g}" for c in result.coefficients))
+        if plot:
+            _console().print(f"wrote {plot}", markup=False)
 
 
 @main.command(short_help="Replace the activations of MODEL; write a checkpoint.")
@@ -598,12 +603,40 @@ def verify(out, base, task, dtype, revision, trust_remote_code, device, as_json,
         _print_json(result)
     elif not quiet:
         shown = ("base", "revision", "tensors", "activations")
-        rows = [[key, result[key]] for key in shown] + [[name, state] for name, state in result["files"].items()]
+        rows = [[key, result[key]] for key in shown if result[key] is not None] + [
+            [name, state] for name, state in result["files"].items()
+        ]
         _table("bit-equal to its base" if result["verified"] else "not its base", ["", ""], rows)
     if not result["verified"]:
         wrong = [f"{k}: {', '.join(result[k][:3])}" for k in ("differ", "missing", "added") if result[k]]
         wrong += [f"{name} {state}" for name, state in result["files"].items() if state == "differs"]
         raise OrthoactError(f"{out} is not {result['base']} with other activations: {'; '.join(wrong) or 'no tensor'}")
+
+
+@main.command(short_help="Write OUT as ONNX, torch.export or plain coefficients.")
+@click.argument("out")
+@click.option("--format", "format_", type=click.Choice(["onnx", "torch", "fold"]), default="onnx", show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File.  [default: OUT.onnx, OUT.pt2, OUT.json]")
+@click.option("--atol", type=float, default=1e-5, show_default=True, help="How far it may be from the model.")
+@_options(loading, as_json, quiet)
+def export(out, format_, output, atol, task, dtype, revision, trust_remote_code, device, as_json, quiet):
+    """Write the converted model OUT for another runtime, checked against the model before it takes its name.
+
+    onnx: with a dynamic batch, run in onnxruntime. torch: a program of torch.export. fold: the activations alone, as
+    coefficients of polynomials or pieces in JSON.
+    """
+    from .convert.export import export as export_to
+
+    _silence_libraries()
+    loads = {"task": task, "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
+    with _status(f"exporting {out}", not quiet):
+        result = export_to(out, output, format=format_, atol=atol, device=device, **loads)
+    if as_json:
+        _print_json(result)
+    elif not quiet:
+        shown = ("bytes", "outputs", "dynamic", "difference", "sites", "max_error")
+        rows = [[key, ", ".join(v) if isinstance(v := result[key], list) else v] for key in shown if key in result]
+        _table(f"wrote {result['output']}", ["", ""], rows, left=True)
 
 
 @main.command(short_help="Push OUT to the Hub.")
@@ -628,8 +661,16 @@ def push(out, repo, private, revision, dry_run, message, as_json, quiet):
         _console().print("dry run: nothing was pushed" if dry_run else f"pushed to {result['url']}")
 
 
+def _recipes(ctx, param, incomplete: str) -> list[Any]:
+    """The recipes for the tab key: their names without reading them, or files."""
+    from click.shell_completion import CompletionItem
+
+    names = sorted(path.stem for path in (Path(__file__).parent / "recipes").glob(f"{incomplete}*.yaml"))
+    return [CompletionItem(name) for name in names] or [CompletionItem(incomplete, type="file")]
+
+
 @main.command(short_help="Train as RECIPE says.")
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=_recipes)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.  [default: ./RECIPE]")
 @click.option("--num-processes", type=int, help="Train on so many processes of this machine.")
@@ -678,13 +719,16 @@ def finetune(recipe, overrides, output, num_processes, resume, compare, offline,
     elif not quiet:
         columns = [("before training", "zero_step"), ("validation", "validation"), ("best", "best"), ("test", "test")]
         names = list(facts["test"])
-        rows = [[label, *((facts[key] or {}).get(name, "") for name in names)] for label, key in columns]
+        shown = {key: {name: f"{value:.5g}" for name, value in (facts[key] or {}).items()} for _, key in columns}
+        rows = [[label, *(shown[key].get(name, "") for name in names)] for label, key in columns]
         _table(f"after {facts['step']} steps", ["", *names], rows)
         _console().print(f"wrote {facts['output']}")
+    if not (quiet or as_json or no_report):
+        _console().print(f"see {Path(facts['output']) / 'report.html'}")
 
 
 @main.command(short_help="List the recipes, or print one.")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=_recipes)
 @as_json
 def recipes(name, as_json):
     """List the recipes that ship with the package, or print the one called NAME to edit."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -104,6 +105,5 @@ def device() -> str:
 
 def spread(values: list[float], digits: int) -> str:
     """Mean and deviation."""
-    middle = sum(values) / len(values)
-    deviation = math.sqrt(sum((v - middle) ** 2 for v in values) / max(1, len(values) - 1))
-    return f"{middle:.{digits}f} ± {deviation:.{digits}f}"
+    more = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{more}"

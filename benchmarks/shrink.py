@@ -32,7 +32,34 @@ HEADS = re.compile(
 )
 LISTED = re.compile(r"(indices|indexes|layer_ids|layers_idx|_blocks|_layers|index|stages|layer_indices)$")
 
-SPECIAL: dict[str, dict[str, Any]] = {}
+ROPE = {"rope_theta": 1e4, "rope_type": "default"}
+ROUTED = {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+OCR = {**ROUTED, "mlp_layer_types": ["dense", "sparse"]}
+SPECIAL: dict[str, dict[str, Any]] = {
+    **{kind: {"prediction_length": 8} for kind in ("autoformer", "informer", "time_series_transformer")},
+    **{kind: {"text_config.rope_parameters.mrope_section": [2, 3, 3]} for kind in ("glm4v", "glm46v", "glmga")},
+    "glm4v_moe": {"text_config.rope_parameters.mrope_section": [1, 1, 2]},
+    "glm_image": {"text_config.rope_parameters.mrope_section": [2, 3, 3]},
+    "glm4v_text": {"rope_parameters.mrope_section": [2, 3, 3]},
+    "glm_image_text": {"rope_parameters.mrope_section": [2, 3, 3]},
+    "glm4v_moe_text": {"rope_parameters.mrope_section": [1, 1, 2]},
+    "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
+    "chameleon": {"vocabulary_map": {"<image>": 5}},
+    "emu3": {"vocabulary_map": {"<image>": 5}, "pad_token_id": 0},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, **ROUTED},
+    "deepseek_v2": ROUTED,
+    "deepseek_ocr2_text": OCR,
+    "deepseek_ocr2": {f"text_config.{k}": v for k, v in OCR.items()},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE}},
+    "cohere_compass": {"text_config.rope_parameters": {"full_attention": ROPE}},
+    "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0},
+    "dbrx": {"attn_config.rope_theta": 1e4, "attn_config.clip_qkv": 8.0},
+    "bamba": {"attn_layer_indices": [1]},
+    **{kind: {"head_dim": 16} for kind in ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "ministral")},
+    "hunyuan_vl": {"text_config.head_dim": 16},
+    "nemotron": {"num_key_value_heads": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+}
 """Values that the rules do not find, by model type; dots reach into a part of the config."""
 
 
@@ -63,8 +90,11 @@ def shrink(config: dict[str, Any], *, widths: bool = True) -> dict[str, Any]:
             n = lengths[len(value)]
             kinds = list(dict.fromkeys(v for v in value if isinstance(v, str)))
             small[key] = (kinds * n)[:n] if kinds else [value[0], *[value[-1]] * (n - 1)]
-    if "vocab_size" in config and isinstance(config["vocab_size"], int):
-        small["vocab_size"] = min(config["vocab_size"], VOCABULARY)
+    for key, value in config.items():
+        if re.search(r"vocab_size|^n_words$", str(key)) and type(value) is int:
+            small[key] = min(value, VOCABULARY)
+    if overrides := config.get("per_layer_config"):  # of single layers: the last one gets those of the first
+        small["per_layer_config"] = {int(small.get("num_hidden_layers", most)) - 1: next(iter(overrides.values()))}
     return _narrow(small) if widths else small
 
 
@@ -96,7 +126,7 @@ def _narrow(config: dict[str, Any]) -> dict[str, Any]:
     size = next(
         (
             config[k]
-            for k in ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "hidden_dim")
+            for k in ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "emb_dim", "hidden_dim")
             if type(config.get(k)) is int
         ),
         None,
@@ -110,6 +140,16 @@ def _narrow(config: dict[str, Any]) -> dict[str, Any]:
     if "head_dim" in config and isinstance(config["head_dim"], int):
         small["head_dim"] = 16
     factor = size / narrow
+    rope = config.get("rope_parameters") or {}
+    if sections := rope.get("mrope_section"):
+        wide = config.get("head_dim") or size // count
+        total = sum(sections) * 16 // wide
+        first = [max(1, n * 16 // wide) for n in sections[:-1]]
+        small["rope_parameters"] = {**rope, "mrope_section": [*first, total - sum(first)]}
+    for number, width in (("mamba_n_heads", "mamba_d_head"), ("mamba_num_heads", "mamba_head_dim")):
+        if type(config.get(number)) is int and type(config.get(width)) is int:
+            small[number], small[width] = few, narrow * int(config.get("mamba_expand") or 2) // few
+            small |= {k: 1 for k in ("mamba_n_groups", "mamba_ngroups") if k in config}
     for key, value in heads.items():
         small[key] = few if value == count else max(1, value * few // count)
     for key in ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num"):
@@ -163,7 +203,8 @@ def small_config(model_type: str, size: str) -> Any:
         *parts, leaf = path.split(".")
         owner = config
         for part in parts:
-            owner = owner.setdefault(part, {})
+            owner[part] = owner.get(part) or {}
+            owner = owner[part]
         owner[leaf] = value
     return cls.from_dict(config)
 

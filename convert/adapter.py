@@ -29,9 +29,23 @@ from torch import Tensor, nn
 from ..interp.activation import TENSORS, Activation
 from ..interp.errors import OrthoactError
 from .calls import Shared, expose_, hide_
+from .files import read_json
 from .names import CONFIG, DEMO, DEMO_NAME, METHOD, WEIGHTS, portable
 from .provenance import record_in, recorded_sha256, weight_files, weights_folder
-from .record import SENTINEL, attach, check, check_tensors, holds, located, put, put_in, rebuilt, spec_of, start
+from .record import (
+    SENTINEL,
+    attach,
+    check,
+    check_tensors,
+    holds,
+    located,
+    own_first,
+    put,
+    put_in,
+    rebuilt,
+    spec_of,
+    start,
+)
 from .sites import recognise
 from .sources import Source, load_source
 
@@ -209,8 +223,11 @@ class OrthoactModel(LoraModel):
             if config.target_modules == DUMMY_TARGET_MODULES:
                 config.target_modules = asked
         trained = adapter_name in self.active_adapters and not config.inference_mode
-        for name, path in places.items():
-            held, entry = model.get_submodule(path), config.orthoact["sites"][name]
+        for name in own_first(config.orthoact):
+            if name not in places:
+                continue
+            path, entry = places[name], config.orthoact["sites"][name]
+            held = model.get_submodule(path)
             if entry.get("shared") in places:  # one activation, called from several places
                 put(model, path, model.get_submodule(places[entry["shared"]]))
                 continue
@@ -251,8 +268,11 @@ class OrthoactModel(LoraModel):
         here = {k.removeprefix("base_model.model."): v for k, v in state_dict.items()}
         whole = getattr(model, "base_model", model)
         whole = whole.model if isinstance(whole, OrthoactModel) else model
-        for name, path in located(whole, config.orthoact).items():
-            if config.orthoact["sites"][name].get("shared"):
+        places, twins = located(whole, config.orthoact), {}
+        for name in own_first(config.orthoact):
+            path, first = places[name], config.orthoact["sites"][name].get("shared")
+            if first is not None:
+                twins[path] = places[first]
                 continue
             layer = None if path is None else whole.get_submodule(path)
             act = layer.orthoact_act[adapter_name] if isinstance(layer, ActivationLayer) else None
@@ -272,9 +292,14 @@ class OrthoactModel(LoraModel):
             _check_packed(
                 name, cast(PackedActivation, act), here[f"{path}.{LAYER}.theta"], here[f"{path}.{LAYER}.fixed"]
             )
-        return super()._remap_adapter_state_dict_for_load(
+        found = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, {f"base_model.model.{k}": v for k, v in here.items()}
         )
+        for path, first in twins.items():  # the same tensors by another name
+            for key in ("theta", "fixed"):
+                at = f"base_model.model.{{}}.{LAYER}.{adapter_name}.{key}"
+                found[at.format(path)] = found[at.format(first)]
+        return found
 
 
 def _check_packed(name: str, act: PackedActivation, theta: Tensor, fixed: Tensor) -> None:
@@ -326,7 +351,7 @@ def check_base(model: nn.Module, record: Mapping[str, Any]) -> dict[str, str]:
     check(record)
     places, shapes, made_of = {}, None, record.get("base", {}).get("model") or "the base model"
     kind = type(model).__name__
-    for name, path in located(model, record).items():
+    for name, path in sorted(located(model, record).items()):
         shapes = record.get("shapes", {}).get(name, shapes)
         if path is None:
             raise OrthoactError(
@@ -369,7 +394,7 @@ def adapter_config(model: nn.Module, spec: Mapping[str, Any] | None = None, **lo
     record = dict(spec or spec_of(model) or {})
     check(record)
     shapes, last = {}, None
-    for name, path in located(model, record).items():
+    for name, path in sorted(located(model, record).items()):  # as the file is: a name has the shapes of the last
         if path is not None and (found := shapes_at(model, path)) != last:
             shapes[name] = last = found
     kept = {k: v for k, v in record.items() if k not in ("activations", "fusion_sentinel")} | {"shapes": shapes}
@@ -378,8 +403,7 @@ def adapter_config(model: nn.Module, spec: Mapping[str, Any] | None = None, **lo
         orthoact=kept,
         base_model_name_or_path=base.get("model"),
         revision=base.get("revision"),
-        task_type=_task(model),
-        **lora,
+        **{"task_type": _task(model), **lora},
     )
 
 
@@ -403,13 +427,8 @@ def to_peft(model: nn.Module, **lora) -> peft.PeftModel:
 
 
 def _task(model: nn.Module) -> str | None:
-    endings = {
-        ("LMHeadModel", "ForCausalLM"): "CAUSAL_LM",
-        ("ForConditionalGeneration",): "SEQ_2_SEQ_LM",
-        ("ForSequenceClassification",): "SEQ_CLS",
-        ("ForTokenClassification",): "TOKEN_CLS",
-        ("ForQuestionAnswering",): "QUESTION_ANS",
-    }
+    """The task that PEFT gives a class of its own; with the tasks of classifiers it would ask for their heads too."""
+    endings = {("LMHeadModel", "ForCausalLM"): "CAUSAL_LM", ("ForConditionalGeneration",): "SEQ_2_SEQ_LM"}
     name = type(model).__name__
     return next((task for ending, task in endings.items() if name.endswith(ending)), None)
 
@@ -436,7 +455,7 @@ def load_applied(name: str, folder: Path, local: bool, **options) -> Source:
 
     A local base is looked for by its name beside a local adapter; a Hub id is loaded at the recorded revision.
     """
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = read_json(folder / CONFIG)
     base, recorded = config.get("base_model_name_or_path"), record_in(config).get("base", {})
     if not isinstance(base, str) or not (
         DEMO_NAME.fullmatch(base) or re.fullmatch(r"(timm:)?\w[\w.-]*(/[\w.-]+)?", base)
@@ -460,6 +479,8 @@ def load_applied(name: str, folder: Path, local: bool, **options) -> Source:
                 f"{name}: the weights {file.name} of {base} are not those that the adapter was made of; "
                 f"give PeftModel.from_pretrained the base at revision {recorded.get('revision')}"
             )
+    if not (folder / WEIGHTS).is_file():
+        raise OrthoactError(f"{name}: the adapter has no {WEIGHTS}; its weights are lost, or pickled")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks for the old name
         peft_model = peft.PeftModel.from_pretrained(source.model, str(folder))
@@ -494,6 +515,7 @@ def register() -> None:
         member._name_, member._value_ = METHOD, METHOD
         PeftType._member_map_[METHOD] = PeftType._value2member_map_[METHOD] = member
         PeftType._member_names_.append(METHOD)
+        type.__setattr__(PeftType, METHOD, member)  # Python 3.12 looks members up on the class
     if PeftType(METHOD) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name=METHOD.lower(), config_cls=OrthoactConfig, model_cls=OrthoactModel)
 

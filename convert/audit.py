@@ -339,6 +339,8 @@ def probe_batches(model: nn.Module, *, rows: int = 1, length: int = 8, seed: int
     if config is None or not hasattr(model, "main_input_name"):
         made = iter([_timm_batch(model, rows, generator)])
     else:
+        if type(model).forward is nn.Module.forward:
+            raise OrthoactError(f"{type(model).__name__} has no forward pass of its own")
         made = _transformers_batches(model, config, rows, length, generator)
     for batch in made:
         yield {
@@ -404,7 +406,7 @@ def _transformers_batches(model: Any, config: Any, rows: int, length: int, gener
     choices += [needed | {n} for n in _INPUTS if n in parameters and n not in ("bbox", "attention_mask")]
     why, given = None, []
     for names in choices:
-        for variant in range(3):
+        for variant in range(5):
             batch = {}
             for name in sorted(names):
                 made = _INPUTS[name](config, rows, length, generator) if name in _INPUTS else []
@@ -459,6 +461,7 @@ def _features(config, rows, length, generator) -> list[Tensor]:
     found = []
     if isinstance(bins, int):
         found += [torch.randn(rows, bins, time, generator=generator), torch.randn(rows, 128, bins, generator=generator)]
+        found.append(torch.randn(rows, 1, 1024, bins, generator=generator))
     if isinstance(width, int):
         found.append(torch.randn(rows, 64, width, generator=generator))
     return found
@@ -473,15 +476,23 @@ def _waves(config, rows, length, generator) -> list[Tensor]:
 
 
 def _states(config, rows, length, generator) -> list[Tensor]:
-    width = _first(config, "hidden_size", "d_model", "n_embd", "embed_dim", "dim")
-    return [torch.randn(rows, length, width, generator=generator)] if isinstance(width, int) else []
+    widths = [_first(config, "hidden_size", "d_model", "n_embd", "embed_dim", "dim"), _first(config, "input_dim")]
+    found = [torch.randn(rows, length, width, generator=generator) for width in widths if isinstance(width, int)]
+    channels, patch = _first(config, "in_channels", "num_channels", "in_chans"), _first(config, "patch_size")
+    if isinstance(channels, int) and isinstance(patch, int):  # patches already cut, of a grid of 4 x 4
+        group = _first(config, "temporal_patch_size")
+        areas = [patch**2 * group, patch**2] if isinstance(group, int) else [patch**2]
+        found += [torch.randn(16, channels * area, generator=generator) for area in areas]
+    return found
 
 
-def _series(config, rows, length, generator) -> list[Tensor]:
-    time = _first(config, "context_length") or 64
-    channels = _first(config, "num_input_channels") or 1
-    lags = max(_first(config, "lags_sequence") or [0])
-    return [torch.randn(rows, time + lags, channels, generator=generator), torch.randn(rows, time, generator=generator)]
+def _series(config, rows, length, generator, features: str = "") -> list[Tensor]:
+    time = (_first(config, "context_length") or 64) + max(_first(config, "lags_sequence") or [0])
+    channels = (_first(config, features) or 0) if features else (_first(config, "num_input_channels") or 1)
+    if features:
+        return [torch.randn(rows, time, channels, generator=generator)]
+    flat = [] if channels > 1 else [torch.randn(rows, time, generator=generator)]
+    return [torch.randn(rows, time, channels, generator=generator), *flat]
 
 
 _INPUTS: dict[str, Callable[..., list[Tensor]]] = {
@@ -498,10 +509,13 @@ _INPUTS: dict[str, Callable[..., list[Tensor]]] = {
     "encoder_hidden_states": _states,
     "query_embeds": _states,
     "past_values": _series,
+    "past_observed_mask": lambda *given: [torch.ones_like(made) for made in _series(*given)],
+    "past_time_features": lambda *given: _series(*given, features="num_time_features"),
     "bbox": lambda config, rows, length, generator: [
         torch.tensor([1, 2, 3, 4]).expand(rows, _tokens(config, rows, length, generator)[0].shape[1], 4)
     ],
     "attention_mask": lambda config, rows, length, generator: [torch.ones(rows, length, dtype=torch.long)],
+    "input_features_mask": lambda config, rows, length, generator: [torch.ones(rows, 128, dtype=torch.long)],
     "grid_thw": lambda config, rows, length, generator: [torch.tensor([[1, 4, 4]])],
     "image_grid_thw": lambda config, rows, length, generator: [torch.tensor([[1, 4, 4]])],
     "spatial_shapes": lambda config, rows, length, generator: [torch.tensor([[4, 4]])],

@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from .._version import __version__
 from ..interp.errors import OrthoactError
+from .files import read_json
 from .names import is_adapter
 from .provenance import provenance
 from .record import SENTINEL, spec_of
@@ -30,6 +32,9 @@ FORMS = ("full", "adapter", "standalone")
 def check_output(out: Path, *, overwrite: bool) -> None:
     """Refuse, before any work is done, a folder that must not be written."""
     out = Path(os.path.abspath(out.expanduser()))
+    place = next(path for path in (out, *out.parents) if path.exists())
+    if place != out and not (place.is_dir() and os.access(place, os.W_OK)):
+        raise OrthoactError(f"{out}: nothing can be written into {place}; give another folder with -o")
     if not out.exists():
         return
     if not overwrite:
@@ -67,6 +72,8 @@ def replacing(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 os.rename(old, out)
                 raise
             shutil.rmtree(old, ignore_errors=True)
+    except SafetensorError as error:  # a full disk, which it does not tell as an OSError
+        raise OrthoactError(f"{out}: its weights could not be written ({error}); nothing is left of it") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -176,7 +183,7 @@ def described(source: Source) -> dict[str, Any]:
 
     before = source.folder / REPORT if source.folder else None
     if before is not None and before.is_file():
-        return {"card": json.loads(before.read_text(encoding="utf-8")).get("base", {}).get("card", {})}
+        return {"card": (read_json(before, strict=False).get("base") or {}).get("card") or {}}
     try:
         found = metadata_load(source.folder / "README.md") if source.folder else None
     except (OSError, ValueError):  # no card, or one whose metadata are broken

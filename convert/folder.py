@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,39 +10,11 @@ import torch
 
 from ..interp.activation import TENSORS, Activation
 from ..interp.errors import OrthoactError
+from .files import read_json
 from .names import CONFIG, WEIGHTS, is_adapter
 from .provenance import record_in, weight_files
 from .record import check, check_tensors, rebuilt
 from .sources import REPORT
-
-MOST_BYTES = 2**26
-"""Size of a JSON file from which it is not read."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object in a file; `OrthoactError` for anything else, or for one beyond all bounds.
-
-    A name that is given twice is refused: two readers might take different ones.
-    """
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise OrthoactError(f"{path}: it names {twice[:60]!r} twice; the file is damaged")
-        return dict(pairs)
-
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise OrthoactError(f"{path}: {path.stat().st_size} bytes: expected a file of at most {MOST_BYTES}")
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
-    except FileNotFoundError as error:
-        raise OrthoactError(f"{path.parent}: there is no {path.name}; give the folder that orthoact wrote") from error
-    except (ValueError, RecursionError) as error:
-        raise OrthoactError(f"{path}: it is not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise OrthoactError(f"{path}: it is not a JSON object")
-    return value
 
 
 def read_record(folder: Path) -> dict[str, Any]:

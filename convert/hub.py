@@ -10,10 +10,26 @@ from typing import Any, TypeVar
 
 from ..interp.errors import OrthoactError
 from .card import MARK, make_card
+from .files import read_json
 from .names import is_adapter
-from .provenance import recorded_base
+from .provenance import record_in
 
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".msgpack", ".h5", ".onnx", ".pyc")
+PICKLES = (
+    ".bin",
+    ".pt",
+    ".pth",
+    ".pkl",
+    ".pickle",
+    ".ckpt",
+    ".npy",
+    ".npz",
+    ".msgpack",
+    ".h5",
+    ".onnx",
+    ".data",
+    ".pt2",
+    ".pyc",
+)
 """Endings that never go along: what could run code, or is no part of a model folder."""
 
 STATE = ("state", "checkpoint-", "runs", "__pycache__")
@@ -49,18 +65,14 @@ def files_of(folder: Path) -> list[Path]:
 
 def is_converted(folder: Path) -> bool:
     """Whether a folder's config has a record."""
-    import json
-
-    from .provenance import record_in
-
     try:
-        return bool(record_in(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
-    except (OSError, ValueError, AttributeError):
-        return recorded_base(folder) is not None
+        return bool(record_in(read_json(folder / "config.json", strict=False)))
+    except OrthoactError:
+        return False
 
 
-def check_push(repo: str) -> None:
-    """Refuse, before any work is done, a repository's name that is none, and a push without a token."""
+def check_push(repo: str, *, token: bool = True) -> None:
+    """Refuse, before any work is done, a repository's name that is none, and where `token`, a push without one."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -69,7 +81,7 @@ def check_push(repo: str) -> None:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise OrthoactError(f"{repo!r} is no name of a repository: expected NAME or OWNER/NAME ({error})") from error
-    if get_token() is None:
+    if token and get_token() is None:
         raise OrthoactError("no token for the Hub: log in with `hf auth login`, or set HF_TOKEN")
 
 
@@ -103,9 +115,9 @@ def push(
         rows = [{"path": k, "bytes": len(v) if isinstance(v, bytes) else v.stat().st_size} for k, v in held]
         return {"repo": repo, "revision": revision or "main", "files": rows}
 
+    check_push(repo, token=not dry_run)
     if dry_run:
         return result()
-    check_push(repo)
     api = HfApi()
 
     def tried(step: Callable[[], T]) -> T:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 from .._version import __version__
+from ..interp.errors import OrthoactError
+from .files import read_json
 
 METHOD = "ORTHOACT"
 """The type of this package's adapters in PEFT."""
@@ -47,6 +48,6 @@ def resolve(name: Any) -> Any:
 def is_adapter(folder: Path) -> bool:
     """Whether a local folder is an adapter of this kind."""
     try:
-        return json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("peft_type") == METHOD
-    except (OSError, ValueError, AttributeError):
+        return read_json(folder / CONFIG, strict=False).get("peft_type") == METHOD
+    except (OSError, OrthoactError):
         return False

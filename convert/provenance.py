@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +11,7 @@ from typing import Any
 
 from .._version import __version__
 from ..interp.errors import OrthoactError
+from .files import read_json
 from .names import demo_name, portable
 from .record import SENTINEL
 from .sources import Source, demo_folder
@@ -35,8 +35,8 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / single]
         if (folder / index).is_file():
             try:
-                names = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                names = set(read_json(folder / index)["weight_map"].values())
+            except (KeyError, TypeError, AttributeError) as error:
                 raise OrthoactError(f"{folder / index}: expected a weight_map of names to files") from error
             for name in names:
                 if not isinstance(name, str) or not re.fullmatch(r"[\w][\w.-]*", name):
@@ -98,9 +98,9 @@ def provenance(source: Source, *, seed: int | None = None, command: Iterable[str
 def recorded_base(folder: Path | None) -> dict[str, Any] | None:
     """The base that the record in a converted folder names."""
     try:
-        config = json.loads(((folder or Path()) / "config.json").read_text(encoding="utf-8"))
+        config = read_json((folder or Path()) / "config.json", strict=False)
         base = record_in(config).get("base")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, OrthoactError):
         return None
     return base if folder is not None and isinstance(base, dict) else None
 

@@ -169,8 +169,25 @@ def check(spec: Any) -> None:
     if len(spec["sites"]) > MOST_SITES:
         raise OrthoactError(f"the record names {len(spec['sites'])} activations: expected at most {MOST_SITES}")
     numbers = sum(_check_site(name, entry) for name, entry in spec["sites"].items())
+    for name, entry in spec["sites"].items():
+        first = spec["sites"].get(entry["shared"]) if "shared" in entry else {}
+        if first is None or "shared" in first:
+            raise OrthoactError(
+                f"the record of the activation {name!r} shares that of {_shown(entry['shared'])}: expected another "
+                f"activation with numbers of its own"
+            )
     if numbers > MOST_NUMBERS:
         raise OrthoactError(f"the record asks for {numbers} learnable numbers: expected at most {MOST_NUMBERS}")
+    for key in ("base", "made", "shapes"):
+        if not isinstance(spec.get(key, {}), Mapping):
+            raise OrthoactError(f"the record's {key} is {_shown(spec[key])}: expected names and values")
+    for name, shapes in spec.get("shapes", {}).items():
+        sizes = shapes.values() if isinstance(shapes, Mapping) else [None]
+        if not all(isinstance(size, list) and all(_is_whole(n, 0, 2**63) for n in size) for size in sizes):
+            raise OrthoactError(f"the record's shapes at {_shown(name)} are {_shown(shapes)}: expected whole numbers")
+    for key, kind in (("model", str), ("revision", str), ("library", str), ("files", Mapping)):
+        if not isinstance(spec.get("base", {}).get(key), kind | None):
+            raise OrthoactError(f"the record's base has {key} {_shown(spec['base'][key])}: expected a {kind.__name__}")
     keys = spec.get("activations", {})
     if not isinstance(keys, Mapping) or len(keys) > MOST_SITES:
         raise OrthoactError(f"the record's activations are {_shown(keys)}: expected the keys of the config")
@@ -186,6 +203,8 @@ MOST_SITES = 100_000
 """Activations in one record: a hundred times those of the largest model known."""
 MOST_NUMBERS = 2**27
 """Learnable numbers in one record: a number for each channel of a model with 405e9 parameters at degree 8 fits."""
+MOST_GROUPS = 2**20
+"""Groups of one activation: ten times the channels of the widest layer known."""
 MOST_TEXT = 300
 """Characters of a name in a record."""
 _PATH = r"[\w-]+(\.[\w-]+)*"
@@ -214,8 +233,8 @@ def _check_site(name: Any, entry: Any) -> int:
         raise refuse("degree", f"a whole number from {family.degrees[0]} to {family.degrees[-1]}")
     if entry["tails"] not in TAILS:
         raise refuse("tails", f"one of {', '.join(TAILS)}")
-    if entry["groups"] is not None and not _is_whole(entry["groups"], 1, MOST_NUMBERS):
-        raise refuse("groups", "a positive whole number, or none")
+    if entry["groups"] is not None and not _is_whole(entry["groups"], 1, MOST_GROUPS):
+        raise refuse("groups", f"a whole number from 1 to {MOST_GROUPS}, or none")
     if entry["channel"] is not None and not _is_whole(entry["channel"], -8, 8):
         raise refuse("channel", "an axis, or none")
     if entry["groups"] is not None and entry["channel"] is None:
@@ -316,7 +335,8 @@ def install(model: nn.Module, spec: Mapping[str, Any], *, complete: bool) -> lis
     installed = []
     calls = expose_(model) if None in located(model, spec).values() else []
     places = located(model, spec)
-    for name, here in places.items():
+    for name in own_first(spec):
+        here = places[name]
         if here is None:
             if complete:
                 raise OrthoactError(
@@ -339,6 +359,11 @@ def install(model: nn.Module, spec: Mapping[str, Any], *, complete: bool) -> lis
             put(model, here, _rebuild(name, spec["sites"][name], old))
     hide_(calls)
     return installed
+
+
+def own_first(spec: Mapping[str, Any]) -> list[str]:
+    """The names of a record's sites, those that share another's activation behind those that have one of their own."""
+    return sorted(spec["sites"], key=lambda name: "shared" in spec["sites"][name])
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from ..interp.errors import OrthoactError
+from ..interp.files import beside
 from .charts import Axis, short
 from .curves import curves
 from .names import is_adapter
@@ -70,10 +71,8 @@ def write_report(folder: str | Path, path: str | Path | None = None, *, name: st
         raise OrthoactError(f"{folder} is an adapter, which is kept small: give the report a file of its own with -o")
     path = folder / PAGE if path is None else Path(path)
     page = render(read(folder), name or folder.resolve().name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(page, encoding="utf-8")
-    part.replace(path)
+    with beside(path) as part:
+        part.write_text(page, encoding="utf-8")
     return path
 
 

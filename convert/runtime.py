@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -104,10 +104,10 @@ def check_loaded(model: nn.Module, info: Mapping[str, Any]) -> None:
                 f"the file lacks {', '.join(lacks)} of the learnable activation {path!r}: it is incomplete; download "
                 f"it again"
             )
-        check_tensors(path, module)
+        check_tensors(path, module)  # pyright: ignore[reportArgumentType]
 
 
-def is_activation(module: nn.Module) -> bool:
+def is_activation(module: nn.Module) -> TypeGuard[Activation]:
     """Whether a module is a learnable activation, of this file or of orthoact."""
     return type(module).__name__ == "Activation" and hasattr(module, "theta")
 

@@ -190,7 +190,7 @@ def _settings(module: nn.Module) -> tuple | None:
         or (isinstance(v, FunctionType) and not v.__closure__)
         for v in kept.values()
     )
-    library = type(module).__module__.split(".")[0] in ("torch", "transformers", "timm", __package__.split(".")[0])
+    library = type(module).__module__.split(".")[0] in ("torch", "transformers", "timm", __name__.split(".")[0])
     return (type(module), *sorted(kept.items())) if plain and library else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -15,8 +14,9 @@ import torch
 from torch import nn
 
 from ..interp.errors import OrthoactError
+from .files import read_json
 from .names import CONFIG, DEMO, DEMO_NAME, WEIGHTS, is_adapter
-from .record import spec_of
+from .record import SENTINEL, spec_of
 
 log = logging.getLogger("orthoact")
 
@@ -65,7 +65,7 @@ class Source:
     def base(self) -> str:
         """The name of the model that this one was converted from; its own name where it was not."""
         report = self.folder / REPORT if self.folder else None
-        recorded = _read_json(report, self.name).get("base", {}) if report and report.is_file() else {}
+        recorded = read_json(report, strict=False).get("base") or {} if report and report.is_file() else {}
         name = recorded.get("model") or (spec_of(self.model) or {}).get("base", {}).get("model") or self.name
         return DEMO if DEMO_NAME.fullmatch(name) else name
 
@@ -113,7 +113,9 @@ def load_source(
 
             options = {"task": task, "dtype": dtype, "trust_remote_code": trust_remote_code, "device": device}
             return load_applied(folder.resolve().name if local else name, folder, local, **options)
-        found = _read_json(folder / "config.json", name)
+        found = read_json(folder / "config.json", strict=False)
+        if SENTINEL in found:
+            found = read_json(folder / "config.json")
         recorded = DEMO if name == DEMO else folder.resolve().name if local else name
         if local and revision:
             raise OrthoactError(
@@ -203,10 +205,17 @@ def fetch(name: str, patterns: list[str]) -> Path:
 
 def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:
+        if is_offline_mode() and isinstance(error, LocalEntryNotFoundError):
+            raise OrthoactError(
+                f"{name}: there is no such folder here, and HF_HUB_OFFLINE keeps it from being fetched; check the "
+                f"name, or unset HF_HUB_OFFLINE"
+            ) from error
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise OrthoactError(
             f"{name}: there is no such folder here, and the Hub did not give it ({type(error).__name__}: {why}); "
@@ -215,16 +224,6 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
     if not (folder / "config.json").is_file() and not is_adapter(folder):
         raise OrthoactError(f"{name}: the repository has no config.json; expected a transformers or timm checkpoint")
     return folder
-
-
-def _read_json(path: Path, name: str) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise OrthoactError(f"{name}: its {path.name} is not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise OrthoactError(f"{name}: its {path.name} is not a JSON object")
-    return config
 
 
 @contextmanager

@@ -7,7 +7,6 @@ clear message says so at import.
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import warnings
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import Any
 
 from ..interp.activation import Activation
 from ..interp.errors import OrthoactError
+from .files import read_json
 from .names import CONFIG, METHOD, resolve
 from .record import SENTINEL, absent, check_tensors, holds, install, located, missing, seal, unseal
 
@@ -251,9 +251,7 @@ def _adapter_options(name: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None
 
 def _method(file: str) -> str | None:
     """The type of the adapter with this configuration."""
-    with open(file, encoding="utf-8") as opened:
-        config = json.load(opened)
-    return config.get("peft_type") if isinstance(config, dict) else None
+    return read_json(Path(file), strict=False).get("peft_type")
 
 
 def base_of(name: Any) -> str | None:
@@ -261,7 +259,7 @@ def base_of(name: Any) -> str | None:
     file = Path(str(name)) / CONFIG
     if not isinstance(name, str | Path) or not file.is_file() or _method(str(file)) != METHOD:
         return None
-    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = read_json(file, strict=False).get("base_model_name_or_path")
     found = resolve(base)
     return found if found != base else None
 

@@ -36,7 +36,8 @@ class Monitor:
     def __init__(self, model: nn.Module, *, penalise: bool = False):
         self.penalise = penalise
         self.names = {m: name for name, m in model.named_modules() if isinstance(m, Activation)}
-        self._seen: dict[Activation, Tensor] = {}  # outside, counted, least, greatest: on the model's device
+        self._seen: dict[Activation, Tensor] = {}  # outside, least, greatest: on the model's device
+        self._counted: dict[Activation, int] = {}
         self._ends: dict[Activation, Tensor] = {}  # least and greatest of the last forward pass, in the order of calls
         self._terms: dict[Activation, Tensor] = {}
         self._hooks: list[Any] = []
@@ -72,21 +73,21 @@ class Monitor:
             outside = ((some - middle).abs() > half).sum()
             if act in self._seen:
                 old = self._seen[act]
-                self._seen[act] = torch.stack(
-                    [old[0] + outside, old[1] + len(some), old[2].minimum(ends[0]), old[3].maximum(ends[1])]
-                )
+                self._seen[act] = torch.stack([old[0] + outside, old[1].minimum(ends[0]), old[2].maximum(ends[1])])
             else:
-                self._seen[act] = torch.stack([outside, outside.new_tensor(len(some)), *ends])
+                self._seen[act] = torch.stack([outside.float(), *ends])
+            self._counted[act] = self._counted.get(act, 0) + len(some)
             self._ends.pop(act, None)
             self._ends[act] = ends
 
     def step(self) -> dict[str, dict[str, float]]:
         """What was seen of each site since the last call, by name; a site that was not called is not in it."""
-        told = {act: row.tolist() for act, row in self._seen.items()}
+        told = {act: (*row.tolist(), self._counted[act]) for act, row in self._seen.items()}
         self._seen.clear()
+        self._counted.clear()
         return {
             self.names[act]: {"outside": outside / counted, "least": least, "greatest": greatest}
-            for act, (outside, counted, least, greatest) in told.items()
+            for act, (outside, least, greatest, counted) in told.items()
         }
 
     def penalty(self) -> Tensor | None:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import lru_cache
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from . import curve, engine
 from .errors import OrthoactError
 from .families import get_family
-from .family import TAILS
+from .family import TAILS, Linear
 
 if TYPE_CHECKING:
     from .domains import Law
@@ -197,6 +198,8 @@ class Activation(nn.Module):
         dtype = torch.promote_types(input.dtype, torch.float32)
         numbers, frame = self.numbers(dtype)
         run = curve.plain if curve.is_whole(input) else curve.Curve.apply
+        if not torch.is_grad_enabled() and run is not curve.plain:
+            run = curve.Curve.forward
         return run(input, numbers, frame, self.family, self.groups, self.channel)
 
     def numbers(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -204,16 +207,29 @@ class Activation(nn.Module):
 
         In float64, and then rounded: the conversion has large entries; and autocast leaves it alone.
         """
-        wide, a = torch.float64, self.exact_coefficients
-        core = a if self._conversion is None else _times(self._conversion.to(a.device), a)
-        if self.tails == "linear":
-            slopes = self.core_slopes(a) + self.jumps.to(wide)
-            ends, joints = [-slopes[..., :1], slopes[..., 1:]], [self.lo.to(wide), self.hi.to(wide)]
+        if self.theta.device.type != "cpu" or curve.is_whole(self.theta):
+            return self._numbers(self.theta).to(dtype), self._frame().to(dtype)
+        joints = Joints.of(self)
+        if torch.is_grad_enabled() and self.theta.requires_grad:
+            numbers = Numbers.apply(self.theta, self, joints)
         else:
-            ends, joints = [a.new_zeros(*a.shape[:-1], 2)], [a.new_tensor(-inf), a.new_tensor(inf)]
-        unit = 1 / self.scale.to(wide)
-        frame = torch.stack([*joints, unit, -self.location.to(wide) * unit])
-        return torch.cat([core, *ends], dim=-1).to(dtype), frame.to(dtype)
+            numbers = torch.from_numpy(joints.numbers(self))
+        return numbers.to(dtype), joints.frame(dtype)
+
+    def _numbers(self, theta: Tensor) -> Tensor:
+        wide = torch.float64
+        a = self.start.to(wide) + _times(self.transform.to(wide), theta.to(wide))
+        core = a if self._conversion is None else _times(self._conversion.to(a.device), a)
+        if self.tails == "none":
+            return torch.cat([core, a.new_zeros(*a.shape[:-1], 2)], dim=-1)
+        slopes = self.core_slopes(a) + self.jumps.to(wide)
+        return torch.cat([core, -slopes[..., :1], slopes[..., 1:]], dim=-1)
+
+    def _frame(self) -> Tensor:
+        lo, hi, location, scale = (getattr(self, name).double() for name in ("lo", "hi", "location", "scale"))
+        if self.tails == "none":
+            lo, hi = lo.new_tensor(-inf), hi.new_tensor(inf)
+        return torch.stack([lo, hi, 1 / scale, -location / scale])
 
     def _check_groups(self, x: Tensor) -> None:
         assert self.groups is not None and self.channel is not None
@@ -242,6 +258,91 @@ def _times(matrix: Tensor, vectors: Tensor) -> Tensor:
     A matrix product would run in bfloat16 under autocast, and its last bits would depend on where the numbers lie.
     """
     return (matrix * vectors.unsqueeze(-2)).sum(-1)
+
+
+class Joints(NamedTuple):
+    """How the numbers follow from theta on a CPU: by numpy, whose operations on so few take a fraction of the time."""
+
+    tails: bool
+    lo: float
+    hi: float
+    location: float
+    scale: float
+
+    @classmethod
+    def of(cls, act: Activation) -> Joints:
+        held = (act.lo, act.hi, act.location, act.scale)
+        return cls(act.tails != "none", *(tensor.item() for tensor in held))
+
+    def frame(self, dtype: torch.dtype) -> Tensor:
+        ends = (self.lo, self.hi) if self.tails else (-inf, inf)
+        return torch.tensor([*ends, 1 / self.scale, -self.location / self.scale], dtype=dtype)
+
+    def at(self) -> np.ndarray:
+        return (np.array([self.lo, self.hi]) - self.location) / self.scale
+
+    def numbers(self, act: Activation) -> np.ndarray:
+        """What `Activation._numbers` computes."""
+        w, start, theta = _numpy(act.transform), _numpy(act.start), _numpy(act.theta)
+        if isinstance(act.family, Linear):
+            matrix = _matrix(act.family, act.degree, self)
+            level = matrix @ start
+            level[-2:] += act.jumps.numpy() * (-1.0, 1.0) if self.tails else 0.0
+            return theta @ (matrix @ w).T + level
+        a = start + theta @ w.T
+        numbers = np.zeros((*a.shape[:-1], a.shape[-1] + 2))
+        numbers[..., :-2] = a
+        if self.tails:
+            slopes = act.family.slope(_unbound(a), self.at()) / self.scale
+            numbers[..., -2:] = (slopes + act.jumps.numpy()) * (-1.0, 1.0)
+        return numbers
+
+    def gradient(self, act: Activation, theta: Tensor, by: np.ndarray) -> np.ndarray:
+        """The derivative by theta of the sum of the numbers weighted with `by`."""
+        w = _numpy(act.transform)
+        if isinstance(act.family, Linear):
+            return by @ (_matrix(act.family, act.degree, self) @ w)
+        found = by[..., :-2]
+        if self.tails:
+            a = _numpy(act.start) + _numpy(theta) @ w.T
+            turned = by[..., -2:] * (-1.0, 1.0)
+            each = act.family.jacobian(_unbound(a), self.at())[1]
+            found = found + np.stack([(part * turned).sum(-1) for part in each], -1) / self.scale
+        return found @ w
+
+
+class Numbers(torch.autograd.Function):
+    """`Joints.numbers` with its derivative; without `setup_context`, which takes as long again."""
+
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, act: Activation, joints: Joints) -> Tensor:
+        ctx.save_for_backward(theta)
+        ctx.how = act, joints
+        return torch.from_numpy(joints.numbers(act))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (theta,), (act, joints), (grad,) = ctx.saved_tensors, ctx.how, grads
+        if torch.is_grad_enabled():  # gradients of the gradients are wanted
+            return *torch.autograd.grad(act._numbers(theta), theta, grad, create_graph=True), None, None
+        return torch.from_numpy(joints.gradient(act, theta, grad.numpy())).to(theta.dtype), None, None
+
+
+@lru_cache(maxsize=256)
+def _matrix(family: Linear, degree: int, joints: Joints) -> np.ndarray:
+    """From the coefficients to the numbers: (numbers, n + 1)."""
+    conversion, ends = family.conversion(degree), np.zeros((2, degree + 1))
+    if joints.tails:
+        ends = np.stack(family.slopes(joints.at(), degree), axis=-1) / joints.scale * ((-1.0,), (1.0,))
+    return np.concatenate([np.eye(degree + 1) if conversion is None else conversion, ends])
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().numpy().astype(np.float64)
+
+
+def _unbound(a: np.ndarray) -> list[np.ndarray]:
+    return [a[..., k : k + 1] for k in range(a.shape[-1])]
 
 
 @contextmanager

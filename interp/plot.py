@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .errors import OrthoactError
+from .files import beside
 from .fit import Fit
 from .targets import Target
 
@@ -63,9 +64,9 @@ def plot_fit(fit: Fit, target: Target, path: str | Path) -> None:
             loc="left", fontsize=10, color=INK,
         )  # fmt: skip
         figure.align_ylabels()
-        path.parent.mkdir(parents=True, exist_ok=True)
         undated = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}[path.suffix.lower()]
-        figure.savefig(path, metadata=undated)
+        with beside(path) as part:
+            figure.savefig(part, metadata=undated)
 
 
 def plot_curves(x: np.ndarray, curves: dict[str, np.ndarray], wanted: np.ndarray | None, path: Any) -> None:
