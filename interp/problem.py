@@ -13,7 +13,6 @@ from .errors import OrthoactError
 from .family import Family
 from .targets import Line, Target
 
-
 FINER = 8
 """Cells of the target's table in one cell of the law's nodes."""
 

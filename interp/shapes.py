@@ -162,7 +162,8 @@ def _joints(p: Problem, sides: tuple[Side, Side]) -> list[tuple[float, float]]:
     free = [side.joint is None for side in sides]
     if p.is_symmetric():
         radii = [min(r * spread, p.ends[1] - p.domain.mean) for r in np.geomspace(*RADII, 8).tolist()]
-        pairs = [*zip(radii, radii, strict=True), *zip(radii, radii[2:])]  # one side may be worth more all the same
+        # one side may be worth more all the same
+        pairs = [*zip(radii, radii, strict=True), *zip(radii[:-2], radii[2:], strict=True)]
         return [(p.domain.mean - left, p.domain.mean + right) for left, right in pairs]
     ends = []
     for side, sign in zip(sides, (-1, 1), strict=True):
