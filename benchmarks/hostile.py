@@ -288,7 +288,7 @@ def bounded(most: int = MEMORY) -> None:
 
 
 def main() -> None:
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else CASES
+    count = next((int(a) for a in sys.argv[1:] if a.isdigit()), CASES)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         run(Path(name) / "warm", 40)  # what is imported on the way is not the cases' memory

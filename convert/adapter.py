@@ -268,8 +268,11 @@ class OrthoactModel(LoraModel):
         here = {k.removeprefix("base_model.model."): v for k, v in state_dict.items()}
         whole = getattr(model, "base_model", model)
         whole = whole.model if isinstance(whole, OrthoactModel) else model
-        for name, path in located(whole, config.orthoact).items():
-            if config.orthoact["sites"][name].get("shared"):
+        places, twins = located(whole, config.orthoact), {}
+        for name in own_first(config.orthoact):
+            path, first = places[name], config.orthoact["sites"][name].get("shared")
+            if first is not None:
+                twins[path] = places[first]
                 continue
             layer = None if path is None else whole.get_submodule(path)
             act = layer.orthoact_act[adapter_name] if isinstance(layer, ActivationLayer) else None
@@ -289,9 +292,14 @@ class OrthoactModel(LoraModel):
             _check_packed(
                 name, cast(PackedActivation, act), here[f"{path}.{LAYER}.theta"], here[f"{path}.{LAYER}.fixed"]
             )
-        return super()._remap_adapter_state_dict_for_load(
+        found = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, {f"base_model.model.{k}": v for k, v in here.items()}
         )
+        for path, first in twins.items():  # the same tensors by another name
+            for key in ("theta", "fixed"):
+                at = f"base_model.model.{{}}.{LAYER}.{adapter_name}.{key}"
+                found[at.format(path)] = found[at.format(first)]
+        return found
 
 
 def _check_packed(name: str, act: PackedActivation, theta: Tensor, fixed: Tensor) -> None:
@@ -395,8 +403,7 @@ def adapter_config(model: nn.Module, spec: Mapping[str, Any] | None = None, **lo
         orthoact=kept,
         base_model_name_or_path=base.get("model"),
         revision=base.get("revision"),
-        task_type=_task(model),
-        **lora,
+        **{"task_type": _task(model), **lora},
     )
 
 
@@ -420,13 +427,8 @@ def to_peft(model: nn.Module, **lora) -> peft.PeftModel:
 
 
 def _task(model: nn.Module) -> str | None:
-    endings = {
-        ("LMHeadModel", "ForCausalLM"): "CAUSAL_LM",
-        ("ForConditionalGeneration",): "SEQ_2_SEQ_LM",
-        ("ForSequenceClassification",): "SEQ_CLS",
-        ("ForTokenClassification",): "TOKEN_CLS",
-        ("ForQuestionAnswering",): "QUESTION_ANS",
-    }
+    """The task that PEFT gives a class of its own; with the tasks of classifiers it would ask for their heads too."""
+    endings = {("LMHeadModel", "ForCausalLM"): "CAUSAL_LM", ("ForConditionalGeneration",): "SEQ_2_SEQ_LM"}
     name = type(model).__name__
     return next((task for ending, task in endings.items() if name.endswith(ending)), None)
 
@@ -477,6 +479,8 @@ def load_applied(name: str, folder: Path, local: bool, **options) -> Source:
                 f"{name}: the weights {file.name} of {base} are not those that the adapter was made of; "
                 f"give PeftModel.from_pretrained the base at revision {recorded.get('revision')}"
             )
+    if not (folder / WEIGHTS).is_file():
+        raise OrthoactError(f"{name}: the adapter has no {WEIGHTS}; its weights are lost, or pickled")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks for the old name
         peft_model = peft.PeftModel.from_pretrained(source.model, str(folder))

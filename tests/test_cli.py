@@ -1,6 +1,7 @@
 """The command line's contract: names, JSON, exit codes, and that bad input loses nothing."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -380,3 +381,15 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(tmp_path):
     (tmp_path / "file").write_text("")
     result = call("convert", "demo", "-o", "file/out", code=1)
     assert "nothing can be written into" in result.stderr and "loading" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "given"),
+    [("orthoact conv", "convert"), ("orthoact convert --gr", "--groups"), ("orthoact finetune demo-s", "demo-smoke")],
+)
+def test_the_tab_key_completes(typed, given):
+    env = os.environ | {"_ORTHOACT_COMPLETE": "bash_complete", "COMP_WORDS": typed}
+    env["COMP_CWORD"] = str(len(typed.split()) - 1)
+    code = "import sys; sys.argv[0] = 'orthoact'; from orthoact.cli import main; main(prog_name='orthoact')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=60)
+    assert done.stdout == f"plain,{given}\n", done.stderr

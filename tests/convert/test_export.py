@@ -40,7 +40,7 @@ MODELS = {
     "convnext": ("timm", "rational-sum", {"groups": "per-channel"}),
     "mobilenet": ("timm", "tropical", {}),
 }
-LONG = ("t5-gated", "mobilenet")  # seconds of tracing
+LONG = ("bert-classifier", "vit", "t5-gated", "mobilenet")  # seconds of tracing
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n in LONG)) for n in MODELS])

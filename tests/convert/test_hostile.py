@@ -1,8 +1,6 @@
 """Folders of somebody who means harm: refused in one sentence, in bounded memory, and nothing of theirs is run."""
 
 import json
-import pickle
-import shutil
 import warnings
 
 import hostile
@@ -108,7 +106,7 @@ def test_files_beyond_all_bounds(folders):
     for form, name in (("full", "config.json"), ("adapter", "adapter_config.json")):
         with open(folders / form / name, "r+b") as file:
             file.truncate(10 * 2**30)
-        with pytest.raises(OrthoactError, match=r"expected a file of at most|no config.json|checkpoint folder"):
+        with pytest.raises(OrthoactError, match=r"expected a file of at most|no config\.json|checkpoint folder"):
             orthoact.load(folders / form)
 
 
@@ -151,11 +149,8 @@ def test_nothing_of_theirs_is_run(folders, tmp_path):
     marker = tmp_path / "ran"
     for form, weights in (("full", "model.safetensors"), ("adapter", "adapter_model.safetensors")):
         (folders / form / weights).unlink()
-        with open(
-            folders / form / weights.replace(".safetensors", ".bin").replace("model.bin", "model.bin"), "wb"
-        ) as f:
-            pickle.dump({"transformer.h.0.mlp.act.theta": Harm(marker)}, f)
-        shutil.copy(f.name, folders / form / "pytorch_model.bin")
+        for name in (weights.replace(".safetensors", ".bin"), "pytorch_model.bin"):
+            torch.save({"transformer.h.0.mlp.act.theta": Harm(marker)}, folders / form / name)
         with pytest.raises(OrthoactError):
             orthoact.load(folders / form)
         with pytest.raises(OrthoactError):
@@ -163,7 +158,7 @@ def test_nothing_of_theirs_is_run(folders, tmp_path):
     with pytest.raises(Exception, match=r"weights_only|WeightsUnpickler|safe"):
         PeftModel.from_pretrained(tiny.hf("gpt2"), str(folders / "adapter"))
     code = folders / "standalone" / "modeling_orthoact.py"
-    code.write_text(f"open({str(marker)!r}, 'w').write('ran')\n" + code.read_text())
+    code.write_text(f"{code.read_text()}\nwith open({str(marker)!r}, 'w'):\n    pass\n")
     model = orthoact.load(folders / "standalone")
     assert sum(isinstance(m, orthoact.Activation) for m in model.modules()) == 2
     tf.AutoModelForCausalLM.from_pretrained(folders / "standalone")

@@ -20,7 +20,8 @@ def killed(job, folder):
 
 
 @pytest.mark.parametrize(
-    ("form", "steps"), [("full", 12), ("adapter", 5), pytest.param("standalone", 12, marks=pytest.mark.long)]
+    ("form", "steps"),
+    [("full", 12), *(pytest.param(*case, marks=pytest.mark.long) for case in (("adapter", 5), ("standalone", 12)))],
 )
 def test_saving(form, steps, tmp_path):
     found = killed(form, tmp_path / "work")

@@ -59,6 +59,8 @@ AUTO = {
     "vit": "AutoModelForImageClassification",
 }
 
+FORMS = {**AUTO, "timm": "AutoModelForImageClassification"}
+
 FAMILIES = dict(
     zip(AUTO, ["hermite", "fourier", "tropical-rational", "rational", "fourier-free", "tropical"], strict=True)
 )
@@ -88,7 +90,7 @@ def test_without_orthoact_the_logits_are_equal(saved):
     root, _ = saved
     body = f"""
 root, found = sys.argv[1], {{}}
-for name, auto in {AUTO | {"timm": "AutoModelForImageClassification"}!r}.items():
+for name, auto in {FORMS!r}.items():
     model = getattr(transformers, auto).from_pretrained(f"{{root}}/{{name}}", trust_remote_code=True).eval()
     inputs = load_file(f"{{root}}/{{name}}.in")
     if name == "timm":
@@ -158,6 +160,39 @@ def test_with_orthoact_it_loads_plainly_and_with_the_code(saved):
             assert sum(isinstance(m, Activation) for m in loaded.modules()) == tiny.HF[name][1]
     net = timm.create_model(f"local-dir:{root / 'timm'}", pretrained=True).eval()
     assert torch.equal(tiny.outputs(net), tiny.outputs(made["timm"]))
+
+
+def test_the_four_ways_of_loading_are_one(saved, tmp_path):
+    """Plain, as an adapter, merged and standalone: the same logits to the last bit, those of the model in memory."""
+    from peft import PeftModel
+
+    root, made = saved
+    found = {}
+    for name, auto in FORMS.items():
+        wanted, model = load_file(f"{root / name}.out")["out"], made[name]
+        save(model, tmp_path / f"{name}-full")
+        save(model, tmp_path / f"{name}-adapter", form="adapter")
+        build = (lambda: tiny.timm_model("vit")) if name == "timm" else (lambda name=name: tiny.hf(name))
+        applied = PeftModel.from_pretrained(build(), str(tmp_path / f"{name}-adapter")).eval()
+        ways = {"adapter": tiny.outputs(applied.base_model.model)}
+        with applied.disable_adapter():
+            assert torch.equal(tiny.outputs(applied.base_model.model), tiny.outputs(build())), name
+        merged = applied.merge_and_unload()
+        ways["merged"] = tiny.outputs(merged)
+        save(merged, tmp_path / f"{name}-merged")
+        for form in ("full", "merged"):
+            folder = tmp_path / f"{name}-{form}"
+            if name == "timm":
+                plain = timm.create_model(f"local-dir:{folder}", pretrained=True)
+                x = probe_batch(model, seed=0)
+                wrapped = tf.AutoModelForImageClassification.from_pretrained(folder).eval()
+                with torch.no_grad():
+                    ways[f"{form} in TimmWrapper"] = wrapped(x["x"]).logits
+            else:
+                plain = getattr(tf, auto).from_pretrained(folder)
+            ways[f"{form}, loaded"] = tiny.outputs(plain.eval())
+        found |= {(name, way): torch.equal(out, wanted) for way, out in ways.items()}
+    assert len(found) == 4 * len(FORMS) + 2 and all(found.values()), [k for k, same in found.items() if not same]
 
 
 def test_timm_itself_by_importing_the_code(saved):

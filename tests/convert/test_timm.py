@@ -97,6 +97,9 @@ def test_missing_coefficients_are_refused(saved, tmp_path):
     save_file({k: v for k, v in tensors.items() if not k.endswith("theta")}, broken / "model.safetensors")
     with pytest.raises(RuntimeError, match="theta"):
         timm.create_model(f"local-dir:{broken}", pretrained=True)
+    for cls in (tf.AutoModelForImageClassification, tf.AutoModel):
+        with pytest.raises(orthoact.OrthoactError, match="lacks theta"):
+            cls.from_pretrained(broken)
 
 
 WITHOUT = """
