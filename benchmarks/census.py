@@ -92,6 +92,9 @@ def transformers_names() -> list[str]:
 
 WHOLE = {
     "emu3": "Emu3ForConditionalGeneration",
+    "qwen3_5": "Qwen3_5ForConditionalGeneration",
+    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
+    "qwen4_exp": "Qwen4ExpForConditionalGeneration",
     "llama4": "Llama4ForConditionalGeneration",
     "musicgen": "MusicgenForConditionalGeneration",
     "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
@@ -126,7 +129,7 @@ def part_classes(kind: str) -> list[str]:
 def timm_names() -> list[str]:
     import timm
 
-    return timm.list_models()
+    return [name for name in timm.list_models() if name != "orthoact"]  # ours
 
 
 # -- one row -----------------------------------------------------------------------------------------------------------
@@ -502,7 +505,7 @@ def perturbed(model: Any, acts: dict[str, Any], reached: dict[str, str], runs: d
         path = reached[name]
         act, (made, before), part = acts[name], runs[path], model.get_submodule(path)
         kept, holder = act.theta.detach().clone(), model.get_submodule(owner_path(model, name))
-        for step in (0.5, 20.0):
+        for step in (0.5, -1.0, 20.0):
             with torch.no_grad():
                 act.theta += step
             if not same(output(part, made), before):
@@ -724,8 +727,8 @@ def table() -> bool:
     import torch
     import transformers
 
-    known = set(transformers_names())
-    rows = {k: row for k, row in sorted(read().items()) if row["library"] in ("timm", "trip") or k in known}
+    known = {*transformers_names(), *(f"timm:{name}" for name in timm_names())}
+    rows = {k: row for k, row in sorted(read().items()) if row["library"] == "trip" or k in known}
     kept = [json.dumps(key) + ": " + json.dumps(plain(row), separators=(",", ":")) for key, row in rows.items()]
     ROWS.write_text("{\n" + ",\n".join(kept) + "\n}\n")
     JOURNAL.unlink(missing_ok=True)

@@ -57,6 +57,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     **{kind: {"head_dim": 16} for kind in ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "ministral")},
     "hunyuan_vl": {"text_config.head_dim": 16},
+    "reformer": {"is_decoder": True},
     "nemotron": {"num_key_value_heads": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
 }

@@ -22,12 +22,13 @@ ACTIVATIONS = {
     *("gelu", "silu", "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "celu", "selu", "mish"),
     *("hardswish", "hardsigmoid", "hardtanh", "softplus", "logsigmoid", "log_sigmoid", "softsign", "prelu", "rrelu"),
     *("tanh", "tanh_", "sigmoid", "sigmoid_", "erf", "quick_gelu", "swish", "glu"),
+    *("lstm", "gru", "rnn_tanh", "lstm_cell", "gru_cell", "rnn_tanh_cell"),
 }
 """Names of the torch functions that a forward pass is watched for."""
 
 GATE_CALLS = {
     *("tanh", "tanh_", "sigmoid", "sigmoid_", "hardsigmoid", "softplus", "logsigmoid", "log_sigmoid", "glu"),
-    *("hardtanh",),
+    *("hardtanh", "lstm", "gru", "rnn_tanh", "lstm_cell", "gru_cell", "rnn_tanh_cell"),
 }
 """Calls that are gates, poolers, routers or soft caps: left on purpose."""
 

@@ -8,22 +8,23 @@ import torch
 
 ROWS = census.read()
 ODD = {
-    "called as functions": "esm whisper deberta-v2 convbert roformer distilbert roberta camembert data2vec-text mpnet",
+    "called as functions": "whisper deberta-v2 convbert roformer distilbert roberta camembert data2vec-text",
     "one module called often, or at several paths": "albert xlm openai-gpt electra",
     "gates, poolers, soft caps beside it": "bert ernie big_bird gemma2 canine fnet ibert dpr",
-    "state space and convolution": "mamba mamba2 falcon_mamba bamba recurrent_gemma rwkv",
-    "experts": "mixtral qwen3_moe gpt_oss deepseek_v3 olmoe jetmoe granitemoe",
+    "state space and convolution": "mamba falcon_mamba bamba rwkv",
+    "experts": "qwen3_moe gpt_oss deepseek_v3 olmoe jetmoe granitemoe",
     "indexers, which only select": "deepseek_v32",
     "parameters of its own": "apertus",
     "encoder and decoder": "t5 bart pegasus fsmt blenderbot",
-    "decoders": "gpt2 bloom mpt gpt_neox gpt_bigcode falcon llama gemma3_text nemotron phi3 biogpt bitnet cohere2",
-    "images": "vit deit dinov3_convnext convnextv2 swin siglip clip aimv2",
+    "decoders": "gpt2 bloom gpt_neox gpt_bigcode falcon llama gemma3_text phi3 biogpt bitnet cohere2",
+    "images": "vit deit dinov3_convnext convnextv2 clip aimv2",
     "images and text": "llava aria blip",
     "series": "autoformer patchtst",
+    "and more": "olmo2 qwen2 qwen2_moe xlnet rembert roc_bert yoso",
 }
 KINDS = [kind for kinds in ODD.values() for kind in kinds.split()]
 NAMED = {name.partition("/")[0].partition(":")[2]: name for name in ROWS if name.startswith("transformers:")}
-FILES = [name.partition(":")[2] for name in ROWS if name.startswith("trip:")]
+FILES = [name.partition(":")[2] for name in census.smallest()]
 QUICK = [n for n in FILES if 2 * ROWS[f"timm:{n}"]["sites"] < 80]
 SAME = ("sites", "heads", "targets", "calls", "left_calls", "unnamed")
 
