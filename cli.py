@@ -603,7 +603,9 @@ def verify(out, base, task, dtype, revision, trust_remote_code, device, as_json,
         _print_json(result)
     elif not quiet:
         shown = ("base", "revision", "tensors", "activations")
-        rows = [[key, result[key]] for key in shown] + [[name, state] for name, state in result["files"].items()]
+        rows = [[key, result[key]] for key in shown if result[key] is not None] + [
+            [name, state] for name, state in result["files"].items()
+        ]
         _table("bit-equal to its base" if result["verified"] else "not its base", ["", ""], rows)
     if not result["verified"]:
         wrong = [f"{k}: {', '.join(result[k][:3])}" for k in ("differ", "missing", "added") if result[k]]
@@ -659,8 +661,16 @@ def push(out, repo, private, revision, dry_run, message, as_json, quiet):
         _console().print("dry run: nothing was pushed" if dry_run else f"pushed to {result['url']}")
 
 
+def _recipes(ctx, param, incomplete: str) -> list[Any]:
+    """The recipes for the tab key: their names without reading them, or files."""
+    from click.shell_completion import CompletionItem
+
+    names = sorted(path.stem for path in (Path(__file__).parent / "recipes").glob(f"{incomplete}*.yaml"))
+    return [CompletionItem(name) for name in names] or [CompletionItem(incomplete, type="file")]
+
+
 @main.command(short_help="Train as RECIPE says.")
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=_recipes)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.  [default: ./RECIPE]")
 @click.option("--num-processes", type=int, help="Train on so many processes of this machine.")
@@ -718,7 +728,7 @@ def finetune(recipe, overrides, output, num_processes, resume, compare, offline,
 
 
 @main.command(short_help="List the recipes, or print one.")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=_recipes)
 @as_json
 def recipes(name, as_json):
     """List the recipes that ship with the package, or print the one called NAME to edit."""

@@ -1,7 +1,7 @@
 """The census: every model type of transformers and every architecture of timm, audited, converted and reloaded.
 
     python benchmarks/census.py run [--only GLOB] [--again TEXT] [--jobs N]   # resumable: appends to census.jsonl
-    python benchmarks/census.py table                                         # writes census.md and census.json
+    python benchmarks/census.py table    # moves the rows into census.json, writes census.md, exits 1 below a bar
 
 Of each model type of transformers the class with the most in it and the base model are built, of timm every
 architecture. For each model the audit tells the sites (with `--include-heads`), what is left and why. Every model that
@@ -21,6 +21,7 @@ import gc
 import itertools
 import json
 import logging
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -35,11 +36,13 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-ROWS, TABLE = HERE / "census.jsonl", HERE / "census.md"
+JOURNAL, ROWS, TABLE = HERE / "census.jsonl", HERE / "census.json", HERE / "census.md"
 LIMIT = 60_000_000
 """Numbers of a model that is built in memory; larger ones stay on the meta device."""
-SECONDS = 150
+SECONDS = 40
 """Of processor time for one row."""
+PATIENCE = 5
+"""Seconds for perturbing one site after the other; where there are too many, every so many-th is."""
 STUCK = 900
 """Seconds after which a row that does nothing is given up."""
 BATCH = 50
@@ -79,11 +82,22 @@ def transformers_names() -> list[str]:
         last = classes[-1:]
         classes = [c for c in dict.fromkeys(classes) if c not in taken] or classes[:1] or part_classes(kind)
         taken.update(classes)
+        classes = [WHOLE[kind]] if kind in WHOLE else classes
         rows.append(f"transformers:{kind}/{(classes or ['?'])[0]}")
         trunks += [
             f"base:{kind}/{c}" for c in last if c in maps["MODEL_MAPPING_NAMES"].get(kind, ()) and c != classes[0]
         ]
     return rows + trunks
+
+
+WHOLE = {
+    "emu3": "Emu3ForConditionalGeneration",
+    "llama4": "Llama4ForConditionalGeneration",
+    "musicgen": "MusicgenForConditionalGeneration",
+    "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
+    "dots3_note": "Dots3NoteForConditionalGeneration",
+}
+"""The class that takes the config of a type, where the first one known takes only a part of it."""
 
 
 def part_classes(kind: str) -> list[str]:
@@ -165,20 +179,54 @@ def timm_row(name: str, smallest: bool = False) -> dict[str, Any]:
 
     row: dict[str, Any] = {"library": "timm", "name": name}
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), uninitialised():
             model: Any = timm.create_model(name).eval()
     except Exception as first:
         try:
             model = timm.create_model(name).eval()
         except Exception:
             return row | {"built": None, "why": told(first)}
-    found = audited(model)
+    key = likeness(model)
+    found = _seen.get(key) or audited(model)
+    _seen[key] = found
     if not found["ran"] and sum(p.numel() for p in model.parameters()) < LIMIT:
         model = timm.create_model(name).eval()
         found = audited(model)
     row |= {"file": type(model).__module__.rpartition(".")[2], "size": sum(p.numel() for p in model.parameters())}
     row |= {"built": "default", "meta": next(model.parameters()).is_meta} | found
     return row
+
+
+_seen: dict[Any, dict[str, Any]] = {}
+"""What was found in models of the same modules, one by one; only their sizes differ."""
+
+
+def likeness(model: Any) -> tuple:
+    """The names, classes, functions and settings of a model's modules: equal for variants of one architecture."""
+    return tuple(
+        (name, type(m), "" if m._modules or m._parameters else repr(m), *functions(m))
+        for name, m in model.named_modules(remove_duplicate=False)
+    )
+
+
+def functions(module: Any) -> list[tuple[str, str]]:
+    return [(k, getattr(v, "__name__", repr(v))) for k, v in vars(module).items() if callable(v)]
+
+
+@contextlib.contextmanager
+def uninitialised():
+    """Without the initial values of weights, which on the meta device are none."""
+    import torch
+
+    names = [n for n in vars(torch.nn.init) if n.endswith("_") and not n.startswith("_")]
+    kept = {n: getattr(torch.nn.init, n) for n in names}
+    try:
+        for n in names:
+            setattr(torch.nn.init, n, lambda tensor, *_, **__: tensor)
+        yield
+    finally:
+        for n, function in kept.items():
+            setattr(torch.nn.init, n, function)
 
 
 def timm_trip(name: str) -> dict[str, Any]:
@@ -309,7 +357,7 @@ def unnamed(model: Any, sites: list[Any], left: list[Any]) -> dict[str, int]:
                 continue
             break
         else:
-            return {"pass": 1}
+            return {}
     return {
         op: n - sum(named[f] for f in ALSO.get(op, (op,)))
         for op, n in ran.items()
@@ -352,21 +400,19 @@ def trip(model: Any, load: Any) -> dict[str, Any]:
             act.theta += 0.05 * torch.randn_like(act.theta)
     reached: dict[str, str] = {}  # site -> the part of the model whose run reaches it
     runs: dict[str, tuple[Any, Any]] = {}
-    for path, part in model.named_modules():
-        if path and (
-            not hasattr(part, "main_input_name") or all(n in reached for n in acts if n.startswith(f"{path}."))
-        ):
+    parts = [(path, part) for path, part in model.named_modules() if not path or hasattr(part, "main_input_name")]
+    parts += [(owner, model.get_submodule(owner)) for owner in dict.fromkeys(owner_path(model, n) for n in acts)]
+    for path, part in parts:
+        if path and all(n in reached for n in acts if n.startswith(f"{path}.")):
             continue
         made = runnable(part) if path else batch
         if made is None:
             continue
-        seen: set[str] = set()
-        hooks = [a.register_forward_pre_hook(lambda m, x, n=n: seen.add(n)) for n, a in acts.items()]
-        runs[path] = made, output(part, made)
-        for hook in hooks:
-            hook.remove()
-        for name in seen:
-            reached.setdefault(name, path)
+        calls = passed(list(acts.values()), part, made)
+        fresh = {n: path for n, act in acts.items() if n not in reached and calls[id(act)]}
+        if fresh or not path:
+            runs[path] = made, output(part, made)
+            reached |= fresh
     result: dict[str, Any] = {"sites": len(acts), "reached": len(reached)}
     with orthoact.original(model):
         result["original"] = same(output(model, batch), base)
@@ -404,17 +450,30 @@ def trip(model: Any, load: Any) -> dict[str, Any]:
 
 
 def runnable(model: Any) -> dict[str, Any] | None:
-    """The first made-up batch that a model takes."""
+    """The first made-up batch that a model, or a layer of one, takes."""
     import torch
 
-    from orthoact.convert.audit import probe_batches
+    from orthoact.convert.audit import probe_batches, tensors_for
 
+    whole = hasattr(model, "main_input_name") or hasattr(model, "pretrained_cfg")
     with contextlib.suppress(Exception):
-        for made in probe_batches(model, rows=1, length=8):
-            with contextlib.suppress(Exception), torch.no_grad():
-                model(**made)
+        for made in probe_batches(model, rows=1, length=8) if whole else tensors_for(model):
+            with contextlib.suppress(Exception):
+                torch.manual_seed(0)
+                made = made if whole else {"": torch.randn_like(made[""])}
+                output(model, made)
                 return made
     return None
+
+
+def owner_path(model: Any, name: str) -> str:
+    """The module whose forward calls the activation of this name."""
+    import torch
+
+    path = name.rpartition(".")[0]
+    while path and isinstance(model.get_submodule(path), torch.nn.ModuleList | torch.nn.ModuleDict):
+        path = path.rpartition(".")[0]
+    return path
 
 
 def passed(inner: list[Any], model: Any, batch: dict[str, Any]) -> dict[int, list[Any]]:
@@ -433,18 +492,22 @@ def perturbed(model: Any, acts: dict[str, Any], reached: dict[str, str], runs: d
 
     found: dict[str, Any] = {"silent": []}
     unused = []
-    for name, path in reached.items():
+    clock = time.process_time()
+    for path, (made, _) in runs.items():
+        output(model.get_submodule(path), made)
+    each = 2 * (time.process_time() - clock)
+    names = list(reached)[:: max(1, math.ceil(len(reached) * each / PATIENCE))]
+    found["perturbed"] = len(names)
+    for name in names:
+        path = reached[name]
         act, (made, before), part = acts[name], runs[path], model.get_submodule(path)
-        kept, owner = act.theta.detach().clone(), name.rpartition(".")[0]
-        while owner and isinstance(model.get_submodule(owner), torch.nn.ModuleList | torch.nn.ModuleDict):
-            owner = owner.rpartition(".")[0]
+        kept, holder = act.theta.detach().clone(), model.get_submodule(owner_path(model, name))
         for step in (0.5, 20.0):
             with torch.no_grad():
                 act.theta += step
             if not same(output(part, made), before):
                 break
         else:
-            holder = model.get_submodule(owner)
             after = passed([holder], part, made)[id(holder)]
             act.theta.data.copy_(kept)
             held = passed([holder], part, made)[id(holder)]
@@ -479,6 +542,8 @@ def livened(model: Any) -> None:
                 p.normal_(std=0.1)
             elif p.numel() > 1:
                 p.uniform_(0.5, 1.5)
+    model.train()
+    model.eval()  # some keep what they made of the old weights
 
 
 def output(model: Any, batch: dict[str, Any]) -> list[Any]:
@@ -487,7 +552,7 @@ def output(model: Any, batch: dict[str, Any]) -> list[Any]:
 
     torch.manual_seed(0)
     with torch.no_grad():
-        return flat(model(**batch))
+        return flat(model(batch[""]) if "" in batch else model(**batch))
 
 
 def flat(value: Any) -> list[Any]:
@@ -567,13 +632,16 @@ def work(names: list[str], mark: Path) -> None:
 
 
 def write(row: dict[str, Any]) -> None:
-    with ROWS.open("a") as file:
+    with JOURNAL.open("a") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def read() -> dict[str, dict[str, Any]]:
-    rows = {}
-    for line in ROWS.read_text().splitlines() if ROWS.exists() else []:
+    """The rows by `library:name`: those of the table, then those made since."""
+    rows = json.loads(ROWS.read_text()) if ROWS.exists() else {}
+    for key, row in rows.items():
+        row["library"], _, row["name"] = key.partition(":")
+    for line in JOURNAL.read_text().splitlines() if JOURNAL.exists() else []:
         row = json.loads(line)
         rows[f"{row['library']}:{row['name']}"] = row
     return rows
@@ -647,6 +715,164 @@ def spread(batches: list[list[str]], jobs: int, folder: Path) -> None:
                 process.kill()
 
 
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def table() -> bool:
+    """Write the rows and their summary; whether every bar is met."""
+    import timm
+    import torch
+    import transformers
+
+    known = set(transformers_names())
+    rows = {k: row for k, row in sorted(read().items()) if row["library"] in ("timm", "trip") or k in known}
+    kept = [json.dumps(key) + ": " + json.dumps(plain(row), separators=(",", ":")) for key, row in rows.items()]
+    ROWS.write_text("{\n" + ",\n".join(kept) + "\n}\n")
+    JOURNAL.unlink(missing_ok=True)
+    kinds = {
+        "transformers": "transformers, the class with most in it",
+        "base": "transformers, the trunk",
+        "timm": "timm, every architecture",
+    }
+    lines = ["# The census", "", "<!-- --8<-- [start:summary] -->", __doc__.split("\n\n", 2)[2].strip(), ""]
+    lines += [f"transformers {transformers.__version__}, timm {timm.__version__}, torch {torch.__version__}.", ""]
+    family = "calls of GELU, SiLU, ReLU and their kin"
+    lines += [f"| | models | built | sites | {family} | converted | neither converted nor named |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    total: collections.Counter[str] = collections.Counter()
+    for kind, title in kinds.items():
+        mine = [r for r in rows.values() if r["library"] == kind]
+        n = counted(mine)
+        total += n
+        lines.append(f"| {title} | {len(mine)} | {cells(n)} |")
+    lines += [f"| all | {sum(r['library'] in kinds for r in rows.values())} | {cells(total)} |", ""]
+    trips = {key: row["trip"] for key, row in rows.items() if row.get("trip")}
+    made = {key: t for key, t in trips.items() if "equal" in t}
+    whole = sum(t["reached"] == t["sites"] for t in made.values())
+    tried = sum(t.get("perturbed", t["reached"]) for t in made.values())
+    fails = {k: t for k, t in made.items() if t["silent"] or not (t["equal"] and t["loud"] and t["original"])}
+    reached, sites = (sum(t[k] for t in made.values()) for k in ("reached", "sites"))
+    unused = sum(len(t.get("unused", ())) for t in made.values())
+    lines += [
+        f"Round trips: {len(made)}; {sum(t['equal'] for t in made.values())} reload bit-equal, "
+        f"{sum(t['loud'] for t in made.values())} fail where orthoact is absent and say so, "
+        f"{sum(t['original'] for t in made.values())} give the old output back with `orthoact.original`. "
+        f"{reached} of their {sites} sites were run (in {whole} models all), {tried} of these perturbed one by one: "
+        f"{sum(len(t['silent']) for t in made.values())} did nothing, {unused} changed only the output of "
+        f"their own block, of which the model's output is independent on this input.",
+        "",
+    ]
+    crashes = {key: row for key, row in rows.items() if row.get("crash")}
+    share = total["calls"] / max(1, total["calls"] + total["left"])
+    bars = {
+        f"activations neither converted nor named: {total['unnamed']} (bar 0)": not total["unnamed"],
+        f"calls of GELU, SiLU, ReLU and their kin converted: {share:.2%} (bar 98 %)": share >= 0.98,
+        f"crashes: {len(crashes)} (bar 0)": not crashes,
+        f"round trips that fail: {len(fails)} of {len(made)} (bar 0)": not fails,
+    }
+    lines += [f"- {'met' if met else 'MISSED'}: {text}" for text, met in bars.items()] + [""]
+    lines += ["<!-- --8<-- [end:summary] -->", ""]
+    for title, found in {
+        "Crashes": {k: row["crash"] for k, row in crashes.items()},
+        "Round trips that fail": {k: json.dumps(t) for k, t in fails.items()},
+        "No round trip": {k: t["why"] for k, t in trips.items() if "equal" not in t},
+        "Operators not named": {k: json.dumps(row["unnamed"]) for k, row in rows.items() if row.get("unnamed")},
+        "Not built": {k: row["why"] for k, row in rows.items() if row.get("why") and not row.get("built")},
+    }.items():
+        if found:
+            lines += [f"## {title}", "", *(f"- `{key}`: {text[:200]}" for key, text in found.items()), ""]
+    lines += ["## What is left", "", "| what | in models | places |", "|---|---|---|"]
+    left: dict[str, list[int]] = {}
+    for row in rows.values():
+        for text, n in row.get("left", {}).items():
+            what, _, rest = text.partition(": ")
+            if what == "blind":
+                parts = "audited part by part" in rest
+                text = (
+                    "the whole model not run, each of its parts run"
+                    if parts
+                    else "a part that no made-up input reaches"
+                )
+            elif what == "gate":
+                text = f"{rest}: a gate, pooler, head or soft cap"
+            elif what == "never":
+                text = f"{rest}: never called in a forward pass"
+            elif what == "trained":
+                text = f"{rest.rpartition(' ')[2]}: has parameters of its own"
+            else:
+                text = f"{rest}: cannot be replaced"
+            seen = left.setdefault(text, [0, 0])
+            seen[0], seen[1] = seen[0] + 1, seen[1] + n
+    lines += [f"| {text} | {a} | {b} |" for text, (a, b) in sorted(left.items(), key=lambda i: -i[1][0])] + [""]
+    lines += ["## transformers", "", "| type/class | sites | targets | left | round trip |", "|---|---|---|---|---|"]
+    for row in rows.values():
+        if row["library"] == "transformers" and row.get("built"):
+            lines.append(
+                f"| {row['name']} | {row.get('sites', 0)} | {listed(row)} | {remains(row)} | {told_trip(row)} |"
+            )
+    lines += ["", "## timm, by source file", ""]
+    lines += ["| file | architectures | sites | targets | left | round trip of |", "|---|---|---|---|---|---|"]
+    files: dict[str, list[dict[str, Any]]] = {}
+    for row in rows.values():
+        if row["library"] == "timm" and row.get("built"):
+            files.setdefault(row["file"], []).append(row)
+    for file, group in sorted(files.items()):
+        counts = [r.get("sites", 0) for r in group]
+        targets = {t for r in group for t in r.get("targets", {})}
+        remaining = {remains(r) for r in group} - {""}
+        tried = next((k for r in group if (k := f"trip:{r['name']}") in rows), "")
+        shown = f"{tried.partition(':')[2]}: {told_trip(rows[tried])}" if tried else ""
+        lines.append(
+            f"| {file} | {len(group)} | {min(counts)} to {max(counts)} | {', '.join(sorted(targets))} | "
+            f"{'; '.join(sorted(remaining))[:200]} | {shown} |"
+        )
+    TABLE.write_text("\n".join(lines) + "\n")
+    print("\n".join(f"{'met' if met else 'MISSED'}: {text}" for text, met in bars.items()))
+    return all(bars.values())
+
+
+def plain(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without what is empty, known from its key, or of one run only."""
+    return {k: v for k, v in row.items() if v not in ({}, [], None, "", 0, False) and k not in DROPPED}
+
+
+DROPPED = ("library", "name", "seconds")
+
+
+def counted(rows: list[dict[str, Any]]) -> collections.Counter[str]:
+    n: collections.Counter[str] = collections.Counter()
+    for row in rows:
+        n["built"] += bool(row.get("built"))
+        n["sites"] += row.get("sites", 0)
+        n["calls"] += row.get("calls", 0)
+        n["left"] += sum(row.get("left_calls", {}).values())
+        n["unnamed"] += sum(row.get("unnamed", {}).values())
+    return n
+
+
+def cells(n: collections.Counter[str]) -> str:
+    calls = n["calls"] + n["left"]
+    return f"{n['built']} | {n['sites']} | {calls} | {n['calls'] / max(1, calls):.2%} | {n['unnamed']}"
+
+
+def listed(row: dict[str, Any]) -> str:
+    return ", ".join(f"{t} {n}" for t, n in row.get("targets", {}).items())
+
+
+def remains(row: dict[str, Any]) -> str:
+    """What is left of a model, in a few words."""
+    words = [text.partition(": ")[2].rpartition(" ")[2] for text in row.get("left", {}) if not text.startswith("blind")]
+    return ", ".join(dict.fromkeys(words)) + (" (not all run)" if "blind" in " ".join(row.get("left", {})) else "")
+
+
+def told_trip(row: dict[str, Any]) -> str:
+    trip = row.get("trip") or {}
+    if "equal" not in trip:
+        return trip.get("why", "")
+    good = trip["equal"] and trip["loud"] and trip["original"] and not trip["silent"]
+    return f"{'equal' if good else 'FAILS'}, {trip['reached']} of {trip['sites']} sites run"
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("job", choices=["run", "table"])
@@ -655,5 +881,7 @@ if __name__ == "__main__":
     parser.add_argument("--again", default="", help="also rows that hold this text; 'open'; 'all'")
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
-    if arguments.job == "run":
+    if arguments.job == "table":
+        raise SystemExit(not table())
+    else:
         run(arguments.only, arguments.again, arguments.most, arguments.jobs)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,9 @@ class Task:
     """The activations of the second half of the layers."""
     extra: bool = False
     """Whether to look at what makes groups gain."""
-    without: tuple[str, ...] = field(default=())
+    without: tuple[str, ...] = ()
+    rates: tuple[float, ...] = RATES
+    seeds: tuple[int, ...] = SEEDS
 
 
 TASKS = {
@@ -83,6 +85,26 @@ TASKS = {
         groups=64,
         late="transformer.h.[345].*",
         without=("head",),
+    ),
+    "gains": Task(
+        "what makes groups gain: the demo GPT-2 on Moby Dick, briefly",
+        "lm-gpt2",
+        {
+            "data.path": "~/.cache/orthoact-tests/moby-dick",
+            "data.eos": True,
+            "data.length": 128,
+            "data.test_limit": 64,
+            "train.evaluate_every": None,
+            "train.dropout": False,
+            "train.max_steps": 100,
+            "train.batch_size": 4,
+        },
+        groups=64,
+        late="transformer.h.[345].*",
+        extra=True,
+        without=("head", "norms", "biases", "LoRA r=8", "everything"),
+        rates=(1e-2,),
+        seeds=(0,),
     ),
 }
 
@@ -150,7 +172,8 @@ def table_of(name: str, folder: Path, steps: int | None) -> Table:
     recipe = recipe_of(name, steps)
     file = folder / f"downstream-{name}.json"
     tell = partial(worth, recipe.task)
-    return Table(file, tuple(recipe.compare.rows), RATES, SEEDS, partial(run, name, steps), tell)
+    task = TASKS[name]
+    return Table(file, tuple(recipe.compare.rows), task.rates, task.seeds, partial(run, name, steps), tell)
 
 
 def picture(name: str, folder: Path) -> None:
@@ -200,7 +223,7 @@ def markdown(folder: Path) -> str:
             if not good:
                 lines.append(f"| {row} | | | | failed or diverged at every rate | | | | | |")
                 continue
-            at = "" if row == "head" else f"{good[0]['rate']:g}{' (edge)' * (good[0]['rate'] in (RATES[0], RATES[-1]))}"
+            at = "" if row == "head" else f"{good[0]['rate']:g}{' (edge)' * edged(good[0]['rate'], task)}"
             digits = 3 if causal else 4
             figures = [spread([c[part][metric] for c in good], digits) for part in ("zero_step", "validation", "test")]
             figures += [spread([c["test"]["loss"] for c in good], 4)]
@@ -213,7 +236,7 @@ def markdown(folder: Path) -> str:
             )
         lines += ["", f"Validation {metric} at every rate, first seed:", ""]
         for row in chosen:
-            told = (c for c in cells if c["row"] == row and c["seed"] == SEEDS[0])
+            told = (c for c in cells if c["row"] == row and c["seed"] == 0)
             lines.append(f"- {row}: " + ", ".join(f"{c['rate']:g}: {figure(c, metric)}" for c in sort(told)))
     return "\n".join(lines) + "\n"
 
@@ -221,7 +244,8 @@ def markdown(folder: Path) -> str:
 def overview(folder: Path) -> list[str]:
     """One table of all tasks: the test figure of each row that all have."""
     found: dict[str, dict[str, str]] = {}
-    for name, task in TASKS.items():
+    tasks = {name: task for name, task in TASKS.items() if task.seeds == SEEDS}
+    for name, task in tasks.items():
         table, causal = table_of(name, folder, None), recipe_of(name).task == "causal-lm"
         for row, cells in table.chosen(table.cells()):
             values = [c["test"]["perplexity" if causal else "accuracy"] for c in cells if "test" in c]
@@ -229,10 +253,15 @@ def overview(folder: Path) -> list[str]:
                 told = spread(values, 1) if causal else spread([100 * v for v in values], 1)
                 row = row.replace(f"{task.groups} groups", "groups to match LoRA r=1")
                 found.setdefault(row, {})[name] = told
-    lines = ["| what trains, beside a head | " + " | ".join(task.title.split(",")[0] for task in TASKS.values()) + " |"]
-    lines += ["|---|" + "---|" * len(TASKS), "| | accuracy, % | accuracy, % | perplexity |"]
-    lines += [f"| {row} | {' | '.join(of.get(name, '') for name in TASKS)} |" for row, of in found.items()]
+    lines = ["| what trains, beside a head | " + " | ".join(task.title.split(",")[0] for task in tasks.values()) + " |"]
+    lines += ["|---|" + "---|" * len(tasks), "| | accuracy, % | accuracy, % | perplexity |"]
+    lines += [f"| {row} | {' | '.join(of.get(name, '') for name in tasks)} |" for row, of in found.items()]
     return lines
+
+
+def edged(rate: float, task: Task) -> bool:
+    """Whether a rate is the least or the greatest that was tried."""
+    return len(task.rates) > 1 and rate in (task.rates[0], task.rates[-1])
 
 
 def sort(cells: Any) -> list[Cell]:

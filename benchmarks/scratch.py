@@ -38,7 +38,7 @@ MODELS = {
         },
     ),
 }
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+RATES = {"gpt2": (1e-3, 2e-3, 4e-3, 8e-3), "convnext": (4e-3,)}
 SEEDS = (0, 1, 2)
 
 
@@ -58,7 +58,7 @@ def run(name: str, steps: int | None, row: str, rate: float, seed: int) -> Cell:
 def table_of(name: str, folder: Path, steps: int | None = None) -> Table:
     recipe = recipe_of(name, steps)
     rows, file = tuple(recipe.compare.rows), folder / f"scratch-{name}.json"
-    return Table(file, rows, RATES, SEEDS, partial(run, name, steps), partial(worth, recipe.task))
+    return Table(file, rows, RATES[name], SEEDS, partial(run, name, steps), partial(worth, recipe.task))
 
 
 def markdown(folder: Path) -> str:
@@ -73,26 +73,42 @@ def markdown(folder: Path) -> str:
         ran = ", ".join(sorted({c["device"] for c in cells}))
         lines += ["", f"### {title[0].upper()}{title[1:]}", ""]
         lines += [f"{recipe.train.max_steps} steps of {recipe.train.batch_size}. Ran on {ran}; `--models {name}`.", ""]
-        lines += [f"| activation | numbers | rate | held-out loss | held-out {metric} | runs that diverged | s | MB |"]
-        lines += ["|---|---|---|---|---|---|---|---|"]
-        for row, found in table.chosen(cells):
+        lines += [
+            f"| activation | numbers | rate | seeds | held-out loss | held-out {metric} | runs that diverged | s | MB |"
+        ]
+        lines += ["|---|---|---|---|---|---|---|---|---|"]
+        for row in table.rows:
+            found, note = best_of(row, cells, table)
+            if not found:
+                continue
             good = [c for c in found if "failed" not in c and "diverged" not in c]
             every = [c for c in cells if c["row"] == row]
             lost = sum("diverged" in c for c in every)
             if not good:
-                lines.append(f"| {row} | | | | diverged at every rate | {lost} of {len(every)} | | |")
+                lines.append(f"| {row} | | | | | diverged at every rate | {lost} of {len(every)} | | |")
                 continue
             figures = [spread([c["test"][key] for c in good], 4) for key in ("loss", metric)]
             cost = (
                 f"{sum(c['seconds'] for c in good) / len(good):.0f} | {max(c['peak_memory'] for c in good) / 1e6:.0f}"
             )
-            numbers = f"{good[0]['trainable']:,} | {good[0]['rate']:g}"
+            numbers = f"{good[0]['trainable']:,} | {good[0]['rate']:g}{note} | {len(good)}"
             lines.append(f"| {row} | {numbers} | {' | '.join(figures)} | {lost} of {len(every)} | {cost} |")
         lines += ["", f"Validation {metric} at every rate, first seed:", ""]
         for row in table.rows:
             told = sort(c for c in cells if c["row"] == row and c["seed"] == SEEDS[0])
             lines.append(f"- {row}: " + ", ".join(f"{c['rate']:g}: {figure(c, metric)}" for c in told))
     return "\n".join(lines) + "\n"
+
+
+def best_of(row: str, cells: list[Cell], table: Table) -> tuple[list[Cell], str]:
+    """The cells of a row at its best rate, and a remark where not all rates were tried."""
+    mine = [c for c in cells if c["row"] == row]
+    rate, note = table.best(cells, row), ""
+    if rate is None:
+        tried = [c for c in mine if c["seed"] == SEEDS[0] and "failed" not in c]
+        rate = max(tried, key=table.worth)["rate"] if tried else None
+        note = f" (of {len(tried)} tried)"
+    return [c for c in mine if c["rate"] == rate], note
 
 
 def main() -> None:

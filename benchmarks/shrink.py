@@ -55,6 +55,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0},
     "dbrx": {"attn_config.rope_theta": 1e4, "attn_config.clip_qkv": 8.0},
     "bamba": {"attn_layer_indices": [1]},
+    **{kind: {"head_dim": 16} for kind in ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "ministral")},
+    "hunyuan_vl": {"text_config.head_dim": 16},
+    "nemotron": {"num_key_value_heads": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
 }
 """Values that the rules do not find, by model type; dots reach into a part of the config."""
 
@@ -90,7 +94,7 @@ def shrink(config: dict[str, Any], *, widths: bool = True) -> dict[str, Any]:
         if re.search(r"vocab_size|^n_words$", str(key)) and type(value) is int:
             small[key] = min(value, VOCABULARY)
     if overrides := config.get("per_layer_config"):  # of single layers: the last one gets those of the first
-        small["per_layer_config"] = {most - 1: next(iter(overrides.values()))} if lengths else overrides
+        small["per_layer_config"] = {int(small.get("num_hidden_layers", most)) - 1: next(iter(overrides.values()))}
     return _narrow(small) if widths else small
 
 

@@ -102,7 +102,8 @@ def run(
         examples = make_examples(rows, source, recipe)
         trainable = choose_what(source.model, recipe)
         count = trainable.count
-        tell(f"{chosen.what}: {sum(count.values()):,} trainable numbers {count}, {_sizes(examples)}")
+        parts = ", ".join(f"{number:,} of {name}" for name, number in count.items())
+        tell(f"what trains: {parts or 'nothing'}; {_sizes(examples)}")
         if chosen.gradient_checkpointing:
             _checkpoint_gradients(trainable.model)
         loss, told = make_loss(trainable.model, recipe)
@@ -200,4 +201,5 @@ def _size(split: Any) -> int:
 
 def _sizes(examples: Examples) -> str:
     unit = "windows" if examples.unit == "tokens" else examples.unit
-    return f"{len(examples.train)} + {len(examples.validation)} + {len(examples.test)} {unit}"
+    sizes = [("to train on", examples.train), ("to validate on", examples.validation), ("to test on", examples.test)]
+    return f"{unit}: " + ", ".join(f"{len(rows):,} {what}" for what, rows in sizes)

@@ -283,30 +283,31 @@ class Joints(NamedTuple):
 
     def numbers(self, act: Activation) -> np.ndarray:
         """What `Activation._numbers` computes."""
-        a = _numpy(act.start) + _numpy(act.theta) @ _numpy(act.transform).T
-        core = a if act._conversion is None else a @ act._conversion.numpy().T
-        numbers = np.empty((*a.shape[:-1], core.shape[-1] + 2))
-        numbers[..., :-2], numbers[..., -2:] = core, 0.0
+        w, start, theta = _numpy(act.transform), _numpy(act.start), _numpy(act.theta)
+        if isinstance(act.family, Linear):
+            matrix = _matrix(act.family, act.degree, self)
+            level = matrix @ start
+            level[-2:] += act.jumps.numpy() * (-1.0, 1.0) if self.tails else 0.0
+            return theta @ (matrix @ w).T + level
+        a = start + theta @ w.T
+        numbers = np.zeros((*a.shape[:-1], a.shape[-1] + 2))
+        numbers[..., :-2] = a
         if self.tails:
-            if isinstance(act.family, Linear):
-                slopes = a @ _slopes(act.family, act.degree, self).T
-            else:
-                slopes = act.family.slope(_unbound(a), self.at()) / self.scale
+            slopes = act.family.slope(_unbound(a), self.at()) / self.scale
             numbers[..., -2:] = (slopes + act.jumps.numpy()) * (-1.0, 1.0)
         return numbers
 
     def gradient(self, act: Activation, theta: Tensor, by: np.ndarray) -> np.ndarray:
         """The derivative by theta of the sum of the numbers weighted with `by`."""
         w = _numpy(act.transform)
-        found = by[..., :-2] if act._conversion is None else by[..., :-2] @ act._conversion.numpy()
+        if isinstance(act.family, Linear):
+            return by @ (_matrix(act.family, act.degree, self) @ w)
+        found = by[..., :-2]
         if self.tails:
+            a = _numpy(act.start) + _numpy(theta) @ w.T
             turned = by[..., -2:] * (-1.0, 1.0)
-            if isinstance(act.family, Linear):
-                found = found + turned @ _slopes(act.family, act.degree, self)
-            else:
-                a = _numpy(act.start) + _numpy(theta) @ w.T
-                each = act.family.jacobian(_unbound(a), self.at())[1]
-                found = found + np.stack([(part * turned).sum(-1) for part in each], -1) / self.scale
+            each = act.family.jacobian(_unbound(a), self.at())[1]
+            found = found + np.stack([(part * turned).sum(-1) for part in each], -1) / self.scale
         return found @ w
 
 
@@ -328,9 +329,12 @@ class Numbers(torch.autograd.Function):
 
 
 @lru_cache(maxsize=256)
-def _slopes(family: Linear, degree: int, joints: Joints) -> np.ndarray:
-    """The slopes of the basis at lo and hi by x: (2, n + 1)."""
-    return np.stack(family.slopes(joints.at(), degree), axis=-1) / joints.scale
+def _matrix(family: Linear, degree: int, joints: Joints) -> np.ndarray:
+    """From the coefficients to the numbers: (numbers, n + 1)."""
+    conversion, ends = family.conversion(degree), np.zeros((2, degree + 1))
+    if joints.tails:
+        ends = np.stack(family.slopes(joints.at(), degree), axis=-1) / joints.scale * ((-1.0,), (1.0,))
+    return np.concatenate([np.eye(degree + 1) if conversion is None else conversion, ends])
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from . import engine
 from .family import Family, fma
-from .layout import LEAST_ROW, Layout, blocks
+from .layout import Layout, blocks
 
 
 class Frame(NamedTuple):
@@ -137,83 +137,81 @@ def _total(part: Tensor, grad: Tensor, layout: Layout) -> Tensor:
 
 
 def _values_by_kernel(family: Family, layout: Layout, flat: Tensor, spread: Tensor, frame: Tensor) -> Tensor:
-    view, held = layout.tiles(flat), spread.view(-1) if layout.kind == "one" else spread
-    if layout.kind == "channel":
-        held = spread.view(len(spread), view.shape[1], 1, view.shape[3])
+    end, rows = layout.whole(len(flat)), layout.kind == "channel"
 
     def run(x: Tensor, numbers: Tensor, frame: Tensor) -> Tensor:
-        wide = x.to(numbers.dtype)
-        return value(family, wide, list(numbers.unbind()), Frame(*frame.unbind())).to(x.dtype)
+        each, joints = list(numbers.unbind()), Frame(*frame.unbind())
 
-    found = _kernel(run, "values", family, layout, [view], held, frame)
+        def of(x: Tensor) -> Tensor:
+            return value(family, x.to(numbers.dtype), each, joints).to(x.dtype)
+
+        return torch.stack([of(row) for row in x.unbind(1)], dim=1) if rows else of(x)
+
+    found = _kernel(run, "values", family, layout, [flat[:end]], spread, frame) if end else None
     if found is None:
         return _values(family, layout, flat, spread, frame)
-    out = found(view, held, frame)
-    return (out.transpose(1, 2) if layout.kind == "channel" else out).reshape(-1)
+    out = found(layout.tiles(flat[:end]), layout.held(spread), frame).view(-1)
+    return out if end == len(flat) else torch.cat([out, _values(family, layout, flat[end:], spread, frame)])
 
 
 def _gradients_by_kernel(
     family: Family, layout: Layout, flat: Tensor, steep: Tensor, spread: Tensor, frame: Tensor, by_numbers: bool
 ) -> tuple[Tensor, Tensor | None]:
-    views = [layout.rows(flat), layout.rows(steep)]
-    held = spread.view(-1) if layout.kind == "one" else spread
-
-    # the unit for each row: with it the values are no single row, and are computed in the loop of the sums
-    units = frame[2].expand(views[0].shape[0], *[1] * (views[0].dim() - 1)).contiguous()
+    end, rows = layout.whole(len(flat)), layout.kind == "channel"
 
     def run(x: Tensor, grad: Tensor, numbers: Tensor, frame: Tensor, units: Tensor) -> tuple[Tensor, ...]:
-        wide, grad = x.to(numbers.dtype), grad.to(numbers.dtype)
-        joints = Frame(*frame.unbind())._replace(unit=units)
-        each = list(numbers.unbind())
-        out = (slope(family, wide, each, joints) * grad).to(x.dtype)
-        if not by_numbers:
-            return (out,)
-        return out, *((part * grad).sum(-1) for part in parts(family, wide, each, joints))
+        each, joints = list(numbers.unbind()), Frame(*frame.unbind())._replace(unit=units)
 
-    found = _kernel(run, f"gradients {by_numbers}", family, layout, views, held, frame, units)
+        def of(x: Tensor, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
+            wide, grad = x.to(numbers.dtype), grad.to(numbers.dtype)
+            out = (slope(family, wide, each, joints) * grad).to(x.dtype)
+            return out, [part * grad for part in parts(family, wide, each, joints)] if by_numbers else []
+
+        if not rows:
+            out, found = of(x, grad)
+            return out, *(part.sum(-1) for part in found)
+        outs, sums = [], []
+        for row, steep in zip(x.unbind(1), grad.unbind(1), strict=True):
+            out, found = of(row, steep)
+            outs.append(out)
+            sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
+        return torch.stack(outs, dim=1), *sums
+
+    key = f"gradients {by_numbers}"
+    found = _kernel(run, key, family, layout, [flat[:end], steep[:end]], spread, frame, units=True) if end else None
     if found is None:
         return _gradients(family, layout, flat, steep, spread, frame, by_numbers)
-    out, *sums = found(*views, held, frame, units)
-    out = (out.transpose(1, 2) if layout.kind == "channel" else out).reshape(-1)
-    if not sums:
-        return out, None
-    return out, torch.stack(sums).view(len(sums), -1, spread.shape[1]).sum(1)
+    views = layout.tiles(flat[:end]), layout.tiles(steep[:end])
+    out, *each = found(*views, layout.held(spread), frame, _units(frame, len(views[0])))
+    out, sums = out.view(-1), None
+    if each:
+        sums = torch.stack([part.view(-1, spread.shape[1]).sum(0) for part in each])
+    if end < len(flat):
+        rest, more = _gradients(family, layout, flat[end:], steep[end:], spread, frame, by_numbers)
+        out, sums = torch.cat([out, rest]), None if sums is None or more is None else sums + more
+    return out, sums
+
+
+def _units(frame: Tensor, rows: int) -> Tensor:
+    """The unit once for each row: so the values are no single long row, and are computed in the loop of the sums."""
+    return frame[2].expand(rows, 1).contiguous()
 
 
 def _kernel(
-    run: Any,
-    name: str,
-    family: Family,
-    layout: Layout,
-    views: list[Tensor],
-    numbers: Tensor,
-    frame: Tensor,
-    *rows: Tensor,
+    run: Any, name: str, family: Family, layout: Layout, flats: list[Tensor], spread: Tensor, frame: Tensor, units=False
 ) -> Any:
-    """The kernel of `run` for views of this kind; sizes that are not those of `numbers` vary from call to call."""
-    x = views[0]
-    varying = (
-        (0, 2)
-        if layout.kind != "one"
-        else (0,)
-        if x.shape[1] & (x.shape[1] - 1) == 0 and x.shape[1] >= LEAST_ROW
-        else (0, 1)
-    )
-    fixed = tuple(size for axis, size in enumerate(x.shape) if axis not in varying)
-    key = (name, family, layout.kind, x.dtype, x.device, fixed, numbers.shape, numbers.dtype)
+    """The kernel of `run` for tiles of this kind, of which there may be any number."""
+    tile = layout.tiles(flats[0]).shape[1:]
+    key = (name, family, layout.kind, tile, len(spread), flats[0].dtype, spread.dtype, spread.device)
 
     def example() -> list[tuple[Tensor, tuple[int, ...]]]:
-        sizes = [1 if axis in varying else size for axis, size in enumerate(x.shape)]
-        sizes[0] = 8
-        if len(varying) > 1:
-            sizes[varying[1]] = max(24, 2**20 // 8 // max(prod(sizes) // 8, 1))
+        count = max(8, 2**20 // prod(tile))
+        made: list[tuple[Tensor, tuple[int, ...]]] = [(flat.new_zeros(count, *tile), (0,)) for flat in flats]
+        if layout.kind == "group":
+            made.append((spread[:, :1].repeat(1, count, 1), (1,)))
         else:
-            sizes[0] = max(8, 2**20 // sizes[1])
-        made = [torch.zeros(sizes, dtype=x.dtype, device=x.device) for _ in views]
-        if layout.kind == "channel":
-            made = [each.transpose(1, 2).contiguous().transpose(1, 2) for each in made]
-        of_rows = [each[:1].expand(sizes[0], *each.shape[1:]).contiguous() for each in rows]
-        return [*((each, varying) for each in made), (numbers, ()), (frame, ()), *((each, (0,)) for each in of_rows)]
+            made.append((layout.held(spread), ()))
+        return [*made, (frame, ()), *([(_units(frame, count), (0,))] if units else [])]
 
     return engine.kernel(key, run, example)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import gcd, prod
+from math import prod
 
 import torch
 from torch import Tensor
@@ -13,13 +13,10 @@ BLOCK = 2**15
 """Values of a block of the eager path, for each thread: some blocks fit the cache of a core."""
 
 ROW = 4096
-"""Most values that are summed in one go, if the size of the input can be halved so often."""
+"""Values of a row that the kernels sum in one go, where all share their numbers."""
 
-LEAST_ROW = 64
-"""Least length of rows that a kernel is made for; shorter ones vary from call to call."""
-
-TILE = 128, 256
-"""Most rows and channels that the kernels cross with the same numbers in the cache."""
+ROWS = 8
+"""Rows of a tile where each channel has its numbers: the kernels read these once for all."""
 
 
 @dataclass(frozen=True)
@@ -74,39 +71,31 @@ class Layout:
         return sums.view(len(sums), self.groups, -1).sum(-1).t()
 
     def columns(self, flat: Tensor) -> Tensor:
-        """A view (outer, columns, inner), each column with numbers of its own."""
-        count = self.channels if self.groups is None or self.kind == "channel" else self.groups
-        return flat.view(self.outer, count, self.channels // count * self.inner)
+        """A view (outer, columns, inner), each column with numbers of its own; of a part of the outermost too."""
+        if self.groups is None:
+            return flat.view(1, 1, -1)
+        count = self.channels if self.kind == "channel" else self.groups
+        inner = self.channels // count * self.inner
+        return flat.view(len(flat) // max(count * inner, 1), count, inner)
+
+    def whole(self, size: int) -> int:
+        """How many of `size` values the kernels take, whose tiles have a fixed size; the eager path takes the rest."""
+        tile = {"one": ROW, "channel": ROWS * self.channels, "group": 1}[self.kind]
+        return size - size % tile
 
     def tiles(self, flat: Tensor) -> Tensor:
-        """A view for the kernel of the values, in the order of its loops.
-
-        Numbers for each channel are (n, 2, 1, 256), for x of (4, 2, 128, 256) say: they stay in the cache.
-        """
-        if self.kind != "channel":
-            return self.rows(flat)
-        rows, width = _part(self.outer, TILE[0]), _halve(self.channels, TILE[1])
-        return flat.view(-1, rows, self.channels // width, width).transpose(1, 2)
-
-    def rows(self, flat: Tensor) -> Tensor:
-        """A view for the kernel of the gradients, in the order of its loops: it sums over the last axis."""
+        """A view of so many values for the kernels: the first axis varies from call to call."""
         if self.kind == "one":
-            row = gcd(len(flat), ROW)
-            return flat.view(-1, row if row >= LEAST_ROW else _part(len(flat), ROW))
+            return flat.view(-1, ROW)
         if self.kind == "channel":
-            return flat.view(-1, _part(self.outer, TILE[0]), self.channels).transpose(1, 2)
-        return self.columns(flat)
+            return flat.view(-1, ROWS, self.channels)
+        return flat.view(-1, self.channels // (self.groups or 1) * self.inner)
 
-
-def _part(size: int, most: int) -> int:
-    """A divisor of `size` of at most `most`, and such that each thread gets two, if halving leads to one."""
-    return _halve(size, min(most, max(size // (2 * torch.get_num_threads()), 1)))
-
-
-def _halve(size: int, most: int) -> int:
-    while size > most and size % 2 == 0:
-        size //= 2
-    return size
+    def held(self, spread: Tensor) -> Tensor:
+        """The numbers for these tiles: one set; a set for each channel, or for each row."""
+        if self.kind == "one":
+            return spread.view(-1)
+        return spread.squeeze(-1) if self.kind == "channel" else spread.repeat(1, self.outer, 1)
 
 
 def blocks(view: torch.Tensor) -> Iterator[tuple[slice, slice, slice]]:

@@ -1,6 +1,7 @@
 """The command line's contract: names, JSON, exit codes, and that bad input loses nothing."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -158,7 +159,21 @@ def test_other_models_dtypes_and_tasks(tmp_path):
     assert base["sites"][0]["name"] == "encoder.layer.0.intermediate.intermediate_act_fn"
 
 
-def test_strict_fails_on_functional_activations(tmp_path):
+def test_strict_fails_on_an_activation_that_stays(tmp_path):
+    """Mamba's gate is inside the function of a kernel: no module calls it."""
+    import transformers as tf
+
+    config = tf.MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4)
+    tf.MambaForCausalLM(config).save_pretrained("mamba")
+    failed = call("inspect", "mamba", "--strict", "--json", code=1)
+    (left,) = [i for i in json.loads(failed.stdout)["left"] if i["function"] == "silu" and i["calls"]]
+    assert left["where"] == "backbone.layers.0.mixer" and "cannot be replaced" in left["reason"]
+    assert "--strict: 1 activations are left" in failed.stderr and "backbone.layers.0.mixer: silu" in failed.stderr
+    assert "--strict" in call("convert", "mamba", "-o", "out", "--strict", code=1).stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_strict_passes_where_calls_of_functions_are_converted():
     import transformers as tf
 
     config = tf.EsmConfig(
@@ -166,8 +181,8 @@ def test_strict_fails_on_functional_activations(tmp_path):
     )
     config.mask_token_id = 32
     tf.EsmModel(config).save_pretrained("esm")
-    failed = call("inspect", "esm", "--strict", "--json", code=1)
-    assert "erf" in failed.stderr and any(i["function"] == "erf" for i in json.loads(failed.stdout)["left"])
+    report = call_json("inspect", "esm", "--strict")
+    assert [s["target"] for s in report["sites"]] == ["gelu"] and "functional_gelu" in report["sites"][0]["name"]
 
 
 def test_poor_copies_are_told_and_refused_by_strict(tmp_path):
@@ -366,3 +381,15 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(tmp_path):
     (tmp_path / "file").write_text("")
     result = call("convert", "demo", "-o", "file/out", code=1)
     assert "nothing can be written into" in result.stderr and "loading" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "given"),
+    [("orthoact conv", "convert"), ("orthoact convert --gr", "--groups"), ("orthoact finetune demo-s", "demo-smoke")],
+)
+def test_the_tab_key_completes(typed, given):
+    env = os.environ | {"_ORTHOACT_COMPLETE": "bash_complete", "COMP_WORDS": typed}
+    env["COMP_CWORD"] = str(len(typed.split()) - 1)
+    code = "import sys; sys.argv[0] = 'orthoact'; from orthoact.cli import main; main(prog_name='orthoact')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=60)
+    assert done.stdout == f"plain,{given}\n", done.stderr

@@ -43,6 +43,31 @@ def test_the_table_of_calibration_is_the_measured_one():
         assert f", {name} | {short} |" in README, f"paste from benchmarks/calibration.md: {line}"
 
 
+def test_the_table_of_fine_tuning_is_the_measured_one():
+    rows = table("| what trains, beside a head |")
+    measured = (ROOT / "benchmarks" / "downstream.md").read_text().splitlines()
+    assert len(rows) > 6 and not [row for row in rows if row not in measured]
+
+
+def test_the_table_of_recovery_is_the_measured_one():
+    text = (ROOT / "benchmarks" / "recovery.md").read_text()
+    sections = {part.split(" (")[0]: part for part in text.split("### ")[1:]}
+    for row in table("| hermite, degree | 3 |")[2:]:
+        name, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+        model, _, calibrated = name.partition(", ")
+        for degree, cell in zip((3, 4, 6), cells, strict=True):
+            label = f"| degree {degree}{', calibrated' if calibrated else ''}: activations |"
+            found = next(line for line in sections[model].splitlines() if line.startswith(label))
+            _, _, _, _, before, _, after, *_ = (x.strip() for x in found.strip("|").split("|"))
+            assert cell == f"{before} % -> {after} %", (row, found)
+
+
+def table(head):
+    """The lines of the table that begins so."""
+    lines = README[README.index(head) :].splitlines()
+    return lines[: lines.index("")]
+
+
 @pytest.mark.parametrize("target", ["demo", "test"])
 def test_the_two_commands_exist(target):
     assert f"make {target}" in README and re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)

@@ -292,7 +292,7 @@ def test_a_machine_without_a_compiler_computes_eagerly(tmp_path):
     code = """
 import warnings, torch
 from orthoact.interp import Activation, engine, fit
-act, x = Activation.from_fit(fit("gelu")), torch.randn(40, requires_grad=True)
+act, x = Activation.from_fit(fit("gelu")), torch.randn(5000, requires_grad=True)
 wanted = act(x)
 engine.set_path("compiled")
 with warnings.catch_warnings(record=True) as told:

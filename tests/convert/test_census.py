@@ -1,0 +1,71 @@
+"""A sample of the census made again: every odd case of transformers, one architecture of each source file of timm."""
+
+import warnings
+
+import census
+import pytest
+import torch
+
+ROWS = census.read()
+ODD = {
+    "called as functions": "esm whisper deberta-v2 convbert roformer distilbert roberta camembert data2vec-text mpnet",
+    "one module called often, or at several paths": "albert xlm openai-gpt electra",
+    "gates, poolers, soft caps beside it": "bert ernie big_bird gemma2 canine fnet ibert dpr",
+    "state space and convolution": "mamba mamba2 falcon_mamba bamba recurrent_gemma rwkv",
+    "experts": "mixtral qwen3_moe gpt_oss deepseek_v3 olmoe jetmoe granitemoe",
+    "indexers, which only select": "deepseek_v32",
+    "parameters of its own": "apertus",
+    "encoder and decoder": "t5 bart pegasus fsmt blenderbot",
+    "decoders": "gpt2 bloom mpt gpt_neox gpt_bigcode falcon llama gemma3_text nemotron phi3 biogpt bitnet cohere2",
+    "images": "vit deit dinov3_convnext convnextv2 swin siglip clip aimv2",
+    "images and text": "llava aria blip",
+    "series": "autoformer patchtst",
+}
+KINDS = [kind for kinds in ODD.values() for kind in kinds.split()]
+NAMED = {name.partition("/")[0].partition(":")[2]: name for name in ROWS if name.startswith("transformers:")}
+FILES = [name.partition(":")[2] for name in ROWS if name.startswith("trip:")]
+QUICK = [n for n in FILES if 2 * ROWS[f"timm:{n}"]["sites"] < 80]
+SAME = ("sites", "heads", "targets", "calls", "left_calls", "unnamed")
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of other packages, for configs that nobody trained
+        yield
+
+
+def check_trip(trip):
+    assert trip["equal"], "reloads bit-equal"
+    assert trip["loud"], "fails without orthoact, and says so"
+    assert trip["original"] and not trip["silent"] and trip["reached"] > 0
+
+
+def check_row(row):
+    stored = ROWS[f"{row['library']}:{row['name']}"]
+    assert row["built"] and row["ran"], "the whole model was run"
+    assert census.plain({k: row[k] for k in SAME}) == {k: stored[k] for k in SAME if k in stored}
+    assert not row["unnamed"], "an operator ran that is neither converted nor named"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers(kind):
+    row = census.transformers_row(NAMED[kind].partition(":")[2], "transformers")
+    check_row(row)
+    if row["sites"]:
+        check_trip(row["trip"])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_timm(name):
+    check_row(census.timm_row(name))
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK[::8] else pytest.mark.long) for n in FILES])
+def test_the_round_trip_of_timm(name):
+    torch.manual_seed(0)
+    check_trip(census.timm_trip(name))
+
+
+def test_the_sample_is_large_enough():
+    assert len(set(KINDS)) >= 60 and len(FILES) >= 60
