@@ -31,7 +31,7 @@ from ..interp.errors import OrthoactError
 from .calls import Shared, expose_, hide_
 from .files import read_json
 from .names import CONFIG, DEMO, DEMO_NAME, METHOD, WEIGHTS, portable
-from .provenance import record_in, recorded_sha256, weight_files, weights_folder
+from .provenance import recorded_sha256, weight_files, weights_folder
 from .record import (
     SENTINEL,
     attach,
@@ -455,8 +455,10 @@ def load_applied(name: str, folder: Path, local: bool, **options) -> Source:
 
     A local base is looked for by its name beside a local adapter; a Hub id is loaded at the recorded revision.
     """
+    from .folder import read_record
+
     config = read_json(folder / CONFIG)
-    base, recorded = config.get("base_model_name_or_path"), record_in(config).get("base", {})
+    base, recorded = config.get("base_model_name_or_path"), read_record(folder).get("base", {})
     if not isinstance(base, str) or not (
         DEMO_NAME.fullmatch(base) or re.fullmatch(r"(timm:)?\w[\w.-]*(/[\w.-]+)?", base)
     ):

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from .._version import __version__
+from ..interp import curve
 from ..interp.activation import TENSORS, Activation
 from ..interp.domains import Gaussian, law_from_dict
 from ..interp.errors import OrthoactError
@@ -287,10 +288,23 @@ def check_tensors(name: str, act: Activation) -> None:
                 f"{key} of the learnable activation {name!r} holds NaN or infinite values: the file is damaged; "
                 f"convert the model again"
             )
-    if not act.scale.is_meta and not (act.scale > 0 and (act.tails == "none" or act.lo <= act.hi)):
+    if act.scale.is_meta:
+        return
+    if not (act.scale > 0 and (act.tails == "none" or act.lo <= act.hi)):
         raise OrthoactError(
             f"the learnable activation {name!r} has scale {act.scale:g} and joints {act.lo:g} to {act.hi:g}: expected "
             f"a positive scale and joints in order; the file is damaged"
+        )
+    with torch.no_grad():
+        numbers, frame = act.numbers(torch.float32)
+        x = torch.linspace(-64, 64, 33, device=frame.device)
+        if act.tails == "none":
+            x = act.location + act.scale * x / 16
+        at = curve.value(act.family, x[:, None], list(numbers.unbind(-1)), curve.Frame(*frame.unbind()))
+    if not bool(at.isfinite().all()):
+        raise OrthoactError(
+            f"the learnable activation {name!r} has numbers so large that it overflows: the file is damaged; convert "
+            f"the model again"
         )
 
 
