@@ -13,6 +13,9 @@ from .errors import OrthoactError
 from .family import Family
 from .targets import Line, Target
 
+FINER = 8
+"""Cells of the target's table in one cell of the law's nodes."""
+
 
 @dataclass(frozen=True)
 class Side:
@@ -46,6 +49,7 @@ class Problem:
         self.cells = np.append(x - self.step / 2, x[-1] + self.step / 2)
         self.ends = self.cells[0], self.cells[-1]
         self.sums: dict[tuple[int, Line], np.ndarray] = {}
+        self.table: np.ndarray | None = None
         far = np.linspace(-20, 20, 401) if tails == "linear" else np.linspace(*self.four_deviations(), 401)
         far = far[self.smooth(far)]
         values, slopes = target(np.concatenate([self.x, far]))
@@ -111,14 +115,32 @@ class Problem:
 
     def wanted(self, joint: float, side: Side) -> tuple[float, float]:
         """Value and slope that the core shall have at a joint."""
-        value, slope = self.ask(side, np.array([joint]))
+        if side.line is not None:
+            return side.line[0] * joint + side.line[1], side.line[0]
+        value, slope = self.target(np.array([joint]))
         return float(value[0]), float(slope[0])
 
     def ask(self, side: Side, joints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Values and slopes that the core shall have at each of the joints."""
+        """The same at many joints, for the searches."""
         if side.line is not None:
             return side.line[0] * joints + side.line[1], np.full_like(joints, side.line[0])
-        return self.target(joints)
+        return self.near(joints)
+
+    def near(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The target at `x` under the law, from a table of cubics where it is smooth: fast, for the searches."""
+        if self.target.kinks:
+            value, slope = self.target(x.ravel())
+            return value.reshape(x.shape), slope.reshape(x.shape)
+        if self.table is None:
+            h = self.step / FINER
+            f, d = self.target(self.ends[0] + h * np.arange(FINER * len(self.x) + 1))
+            d, rise = d * h, np.diff(f)
+            self.table = np.stack([f[:-1], d[:-1], 3 * rise - 2 * d[:-1] - d[1:], d[:-1] + d[1:] - 2 * rise])
+        h = self.step / FINER
+        place = (x - self.ends[0]) / h
+        cell = np.clip(place.astype(int), 0, self.table.shape[1] - 1)
+        t, (a, b, c, e) = place - cell, self.table[:, cell]
+        return a + t * (b + t * (c + t * e)), (b + t * (2 * c + 3 * t * e)) / h
 
     def curvature(self, x: np.ndarray) -> np.ndarray:
         """The target's second derivative at `x`, by differences."""
@@ -135,7 +157,7 @@ class Problem:
         """The share of J in the left (0) or right (1) tail for each joint."""
         if line is not None:
             return np.interp(joint, self.cells, self.running(i, line))
-        value, slope = self.target(joint)  # the tail takes the target's value and slope at the joint
+        value, slope = self.near(joint)  # the tail takes the target's value and slope at the joint
         gap = value[:, None] + slope[:, None] * (self.x - joint[:, None]) - self.f
         outside = self.x < joint[:, None] if i == 0 else self.x > joint[:, None]
         return (outside * (gap**2 + self.weight * (slope[:, None] - self.d) ** 2)) @ self.w

@@ -22,11 +22,14 @@ EQUALITY = 1e3
 ROUNDING = 1e-7
 """Weight of a row that keeps a term of the series small: what rounding its number to float32 adds to the error."""
 
+FLOOR = 1e-13
+"""J that needs no improvement, as a share of 1 + E f^2: float32 does not see it."""
+
 FAR = 1e6
 """The size of a shape's number to which no step may go."""
 
-STEEP = 12.0
-"""The greatest slope of a core at a joint on a kink: rounding it to float32 turns the tail by 1e-6 at most."""
+STEEP = 15.0
+"""The slope of a core at a joint on a kink above which J grows: rounding it to float32 turns the tail by 5e-7."""
 
 NOTHING = 1e-100
 """The share in the copy below which a term of the series is none."""
@@ -69,7 +72,7 @@ class Race:
         self.steep = [] if self.bare else [i for i, side in enumerate(sides) if side.equalities == 2]
         """The joints at which the slope is asked for too."""
         self.kinked = [] if self.bare else [i for i in (0, 1) if i not in self.steep]
-        self.count = nodes
+        self.count, self.floor = nodes, FLOOR * (1 + p.w @ p.f**2)
 
     def joints(self, alpha: np.ndarray) -> np.ndarray:
         """Both joints of each start, (starts, 2)."""
@@ -106,7 +109,7 @@ class Race:
             astray |= ~self.family.sound(alpha[:, : self.shapes], (ends - location) / scale - shift)
         x, w = self.nodes(joints)
         root = np.sqrt(w)
-        f, d = (p.f + 0 * x, p.d + 0 * x) if self.bare else (part.reshape(x.shape) for part in p.target(x.ravel()))
+        f, d = (p.f + 0 * x, p.d + 0 * x) if self.bare else p.near(x)
         at = x
         if not self.bare:
             asked = [p.ask(side, joint) for side, joint in zip(self.sides, joints.T, strict=True)]
@@ -125,10 +128,10 @@ class Race:
         system[astray] = np.eye(system.shape[1], linear)
         q, r = np.linalg.qr(system)
         numbers = np.linalg.solve(r, q.swapaxes(1, 2) @ y)
-        for i in self.kinked:
-            astray |= np.abs((slopes[:, i, None] @ numbers)[:, 0, 0]) > STEEP
         inside = y - system @ numbers
         value = (inside**2).sum(axis=(1, 2))
+        for i in self.kinked:
+            value = value + np.maximum(np.abs((slopes[:, i, None] @ numbers)[:, 0, 0]) - STEEP, 0) ** 2
         if not self.bare:
             for i, side in enumerate(self.sides):
                 value = value + p.tail(i, side.line, joints[:, i])
@@ -186,7 +189,7 @@ class Race:
         """So many of Levenberg and Marquardt's steps by every start, or until one gains less than `settled` of J."""
         best = State(*(getattr(state, f.name).copy() for f in fields(state)))
         damping, growth = np.full(len(best.value), 1e-2), np.full(len(best.value), 2.0)
-        going, scale = np.isfinite(best.value), np.zeros_like(best.alpha)
+        going, scale = np.isfinite(best.value) & (best.value > self.floor), np.zeros_like(best.alpha)
         for _ in range(steps):
             rows = np.flatnonzero(going)
             if not len(rows):
@@ -210,6 +213,7 @@ class Race:
             growth[went] = 2.0
             damping[stuck] *= growth[stuck]
             growth[stuck] *= 2
-            arrived = np.where(good, np.maximum(gain, expected) < least, expected < 1e-2 * least)
+            arrived = best.value[rows] <= self.floor
+            arrived |= np.where(good, np.maximum(gain, expected) < least, expected < 1e-2 * least)
             going[rows[arrived | (damping[rows] > 1e10)]] = False
         return best

@@ -26,7 +26,7 @@ RACE = ((12, 6), (6, 10))
 SETTLE = ((12, 10), (6, 10))
 """The same for those that come from a smoother family, together with those of the family itself."""
 
-HOPS, PLACES, SIZES = 2, 4, (0.05, 0.2, 0.5)
+HOPS, PLACES, SIZES = 4, 4, (0.05, 0.2, 0.5)
 """How often hops are made (once after a smoother family), from how many of the best, and their relative sizes."""
 
 HOP = ((24, 6), (8, 12))
@@ -35,8 +35,8 @@ HOP = ((24, 6), (8, 12))
 LAST = (3, 60)
 """How many are improved on the fine nodes, by how many steps."""
 
-ONE = (2, 30, 5e-3)
-"""How many starts of a family with one shape number are improved, by how many steps of at least which gain."""
+ONE = ((3, 10), (3, 20))
+"""How many starts of a family with one shape number are improved, by how many steps; then again."""
 
 SAME = 1e-3
 """Starts whose J differ by less than this share are taken for the same valley."""
@@ -67,8 +67,12 @@ def search_shapes(p: Problem, sides: tuple[Side, Side]) -> Found:
     exact = np.flatnonzero(begun.value <= EXACT**2 * (p.w @ p.f**2))
     if len(exact):
         return _found(fine, begun[exact[:1]])
-    if race.shapes == 1:  # one valley, and no poles
-        return _found(race, _best(race.improve(_best(begun, ONE[0]), *ONE[1:]), 1))
+    if race.shapes == 1:  # few valleys, and no poles
+        for kept, steps in ONE:
+            begun = race.improve(_best(begun, kept), steps, 5e-3)
+            race.rounding = max(ROUNDING, 1e-3 * float(begun.value.min()) ** 0.5)
+            begun = race.evaluate(begun.frame, begun.alpha)
+        return _found(race, _best(begun, 1))
     found = _run(race, begun, RACE)
     if smooth is not None:
         other = Race(p, smooth, sides, COARSE)
@@ -158,7 +162,9 @@ def _joints(p: Problem, sides: tuple[Side, Side]) -> list[tuple[float, float]]:
     free = [side.joint is None for side in sides]
     if p.is_symmetric():
         radii = [min(r * spread, p.ends[1] - p.domain.mean) for r in np.geomspace(*RADII, 8).tolist()]
-        return [(p.domain.mean - r, p.domain.mean + r) for r in radii]
+        # one side may be worth more all the same
+        pairs = [*zip(radii, radii, strict=True), *zip(radii[:-2], radii[2:], strict=True)]
+        return [(p.domain.mean - left, p.domain.mean + right) for left, right in pairs]
     ends = []
     for side, sign in zip(sides, (-1, 1), strict=True):
         radii = np.geomspace(*RADII, 3 if all(free) else 6)
