@@ -62,6 +62,13 @@ def test_the_table_of_recovery_is_the_measured_one():
             assert cell == f"{before} % -> {after} %", (row, found)
 
 
+def test_the_coverage_is_the_measured_one():
+    text = (ROOT / "benchmarks" / "census.md").read_text()
+    _, models, _, _, _, share, _ = re.search(r"^\| all \|.*$", text, re.MULTILINE)[0].strip("| ").split(" | ")
+    assert int(models) > 1000 and float(share.rstrip("%")) > 99
+    assert "in some thousand models of transformers and timm more than 99 % are converted" in " ".join(README.split())
+
+
 def table(head):
     """The lines of the table that begins so."""
     lines = README[README.index(head) :].splitlines()
