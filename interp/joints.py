@@ -28,7 +28,7 @@ SAME = 1e-4
 
 def search_joints(p: Problem, sides: tuple[Side, Side]) -> tuple[float, float]:
     """The joints of least J: a scan outwards from the centre of the target's curvature, then a pattern search."""
-    fixed = tuple(side.joint for side in sides)
+    fixed = sides[0].joint, sides[1].joint
     if fixed[0] is not None and fixed[1] is not None:
         return fixed[0], fixed[1]
     objective = Objective(p, sides)
