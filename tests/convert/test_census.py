@@ -26,7 +26,7 @@ KINDS = [kind for kinds in ODD.values() for kind in kinds.split()]
 NAMED = {name.partition("/")[0].partition(":")[2]: name for name in ROWS if name.startswith("transformers:")}
 FILES = [name.partition(":")[2] for name in census.smallest()]
 QUICK = [n for n in FILES if 2 * ROWS[f"timm:{n}"]["sites"] < 80]
-SAME = ("sites", "heads", "targets", "calls", "left_calls", "unnamed")
+SAME = ("sites", "heads", "targets", "calls", "left_calls")
 
 
 @pytest.fixture(autouse=True)
