@@ -48,6 +48,7 @@ def search_joints(p: Problem, sides: tuple[Side, Side]) -> tuple[float, float]:
         return np.stack([lo, hi], axis=1)
 
     radii = np.geomspace(0.4, 8, 16) * spread
+    ends, best = joints(radii), 0
     for _ in range(2):
         ends = joints(radii)
         values = objective(ends)
