@@ -156,14 +156,16 @@ def _starts(p: Problem, race: Race) -> tuple[np.ndarray, np.ndarray]:
 
 def _joints(p: Problem, sides: tuple[Side, Side]) -> list[tuple[float, float]]:
     """Pairs of joints to start from, around the target's curvature; fixed ones stay, and without tails there is one."""
+    assert isinstance(p.family, Separable)
     if p.tails == "none":
         return [p.four_deviations()]
     centre, spread = p.bend()
     free = [side.joint is None for side in sides]
     if p.is_symmetric():
         radii = [min(r * spread, p.ends[1] - p.domain.mean) for r in np.geomspace(*RADII, 8).tolist()]
-        # one side may be worth more all the same
-        pairs = [*zip(radii, radii, strict=True), *zip(radii[:-2], radii[2:], strict=True)]
+        pairs = list(zip(radii, radii, strict=True))
+        if not p.family.centred:  # one side may be worth more all the same; a shift of z finds that too
+            pairs += zip(radii[:-2], radii[2:], strict=True)
         return [(p.domain.mean - left, p.domain.mean + right) for left, right in pairs]
     ends = []
     for side, sign in zip(sides, (-1, 1), strict=True):
