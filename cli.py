@@ -438,8 +438,8 @@ def _command() -> list[str]:
     """The command line as it was given, for the record; nothing where another program calls these functions."""
     import sys
 
-    name = Path(sys.argv[0]).name
-    ours = name.removesuffix(".exe") in ("orthoact", "__main__.py")
+    started = Path(sys.argv[0])
+    ours = started.name.removesuffix(".exe") == "orthoact" or started == Path(__file__).with_name("__main__.py")
     return ["orthoact", *sys.argv[1:]] if ours else []
 
 

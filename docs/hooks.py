@@ -1,6 +1,7 @@
 """What mkdocs needs beside its configuration: formulas as MathML, examples as code, and where the package is."""
 
 import re
+from contextlib import suppress
 from html import unescape
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def on_config(config):
     package = ROOT / "build" / "api" / "orthoact"
     package.mkdir(parents=True, exist_ok=True)
     for name in ("__init__.py", "_version.py", "cli.py", "interp", "convert", "finetune"):
-        if not (package / name).is_symlink():
+        with suppress(FileExistsError):  # of an earlier or another build
             (package / name).symlink_to(ROOT / name)
     return config
 

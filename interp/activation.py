@@ -193,6 +193,8 @@ class Activation(nn.Module):
         if self.bypass:
             assert self.original is not None
             return self.original(input)
+        if input.is_nested:  # from torch's fused encoder
+            return torch.nested.as_nested_tensor([self(part) for part in input.unbind()])
         if self.groups is not None:
             self._check_groups(input)
         dtype = torch.promote_types(input.dtype, torch.float32)
@@ -287,14 +289,14 @@ class Joints(NamedTuple):
         if isinstance(act.family, Linear):
             matrix = _matrix(act.family, act.degree, self)
             level = matrix @ start
-            level[-2:] += act.jumps.numpy() * (-1.0, 1.0) if self.tails else 0.0
+            level[-2:] += _numpy(act.jumps) * (-1.0, 1.0) if self.tails else 0.0
             return theta @ (matrix @ w).T + level
         a = start + theta @ w.T
         numbers = np.zeros((*a.shape[:-1], a.shape[-1] + 2))
         numbers[..., :-2] = a
         if self.tails:
             slopes = act.family.slope(_unbound(a), self.at()) / self.scale
-            numbers[..., -2:] = (slopes + act.jumps.numpy()) * (-1.0, 1.0)
+            numbers[..., -2:] = (slopes + _numpy(act.jumps)) * (-1.0, 1.0)
         return numbers
 
     def gradient(self, act: Activation, theta: Tensor, by: np.ndarray) -> np.ndarray:
@@ -338,7 +340,8 @@ def _matrix(family: Linear, degree: int, joints: Joints) -> np.ndarray:
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().numpy().astype(np.float64)
+    # a copy: a storage that numpy has seen cannot be resized, which FSDP does
+    return tensor.detach().to(torch.float64, copy=True).numpy()
 
 
 def _unbound(a: np.ndarray) -> list[np.ndarray]:

@@ -1,6 +1,7 @@
 """The card: metadata that the Hub takes, and nothing on it that was not recorded or measured."""
 
 import json
+import sys
 
 import loopback_hub
 import pytest
@@ -42,7 +43,9 @@ def converted(root):
     for form in ("", "--adapter", "--standalone"):
         out = root / f"out{form}"
         arguments = ["convert", str(folder), "-o", str(out), "--degree", "6", "--quiet", *([form] if form else [])]
-        result = CliRunner().invoke(main, arguments)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["orthoact", *arguments])
+            result = CliRunner().invoke(main, arguments)
         assert result.exit_code == 0, result.output
         made[form] = out
     return made
