@@ -104,7 +104,7 @@ def check_loaded(model: nn.Module, info: Mapping[str, Any]) -> None:
                 f"the file lacks {', '.join(lacks)} of the learnable activation {path!r}: it is incomplete; download "
                 f"it again"
             )
-        check_tensors(path, module)  # pyright: ignore[reportArgumentType]
+        check_tensors(path, module)
 
 
 def is_activation(module: nn.Module) -> TypeGuard[Activation]:
