@@ -124,6 +124,21 @@ def test_gradients_to_second_order(family):
         assert gradgradcheck(of, (x, theta), atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("family", NAMES)
+def test_second_derivatives_of_the_module_are_those_of_recorded_operations(family, monkeypatch):
+    act = Activation.from_fit(fit("gelu", family=family, degree=FAMILIES[family].degrees[2]), groups=2)
+    x, way = torch.randn(500, 4), torch.randn_like(act.theta)
+
+    def curvature():
+        (first,) = torch.autograd.grad((act(x) ** 3).mean(), act.theta, create_graph=True)
+        return torch.autograd.grad((first * way).sum(), act.theta)[0]
+
+    found = curvature()
+    monkeypatch.setattr(curve, "is_whole", lambda x: True)
+    torch.testing.assert_close(found, curvature(), rtol=1e-4, atol=1e-4)
+    assert found.abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("options", [{}, {"groups": 3}, {"groups": 3, "channel": 1}], ids=["one", "last", "second"])
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("family", NAMES)
