@@ -15,8 +15,10 @@ from tiny_training import SHORT, short
 
 import orthoact
 from orthoact import OrthoactError
+from orthoact.convert.fidelity import evaluate
 from orthoact.convert.sources import demo_folder
 from orthoact.finetune.recipe import read
+from orthoact.interp import engine
 
 
 def lines(out):
@@ -47,6 +49,19 @@ def test_the_folder_is_an_ordinary_converted_checkpoint(done):
     assert not [p.name for p in out.iterdir() if p.name.startswith(".")], "nothing is left behind"
     suffixes = {p.suffix for p in out.rglob("*") if p.is_file()}
     assert suffixes <= {".json", ".jsonl", ".safetensors"}, "nothing is pickled"
+
+
+def test_long_work_is_compiled_and_short_work_is_not(done, tmp_path, monkeypatch):
+    facts, out = done
+    assert facts["path"] == "eager"
+    monkeypatch.setattr(engine, "COST", 0.0)  # every run is worth the kernels
+    compiled = orthoact.train(short(), tmp_path / "compiled")
+    assert compiled["path"] == "compiled" and any(kind.startswith("gradients") for kind, *_ in engine._kernels)
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(out), rel=1e-5)
+    found = evaluate(str(out), limit=4)
+    with engine.using("eager"):
+        assert engine.suited(1e12, training=True) == "eager", "what was chosen stays"
+        assert evaluate(str(out), limit=4)["kl"] == pytest.approx(found["kl"], rel=1e-3)
 
 
 def test_the_record_says_what_trained(done):
@@ -189,6 +204,7 @@ import os, sys, json
 import orthoact, transformers, safetensors.torch, datasets, torchmetrics
 from orthoact.finetune import folder, loop, run, state
 from orthoact.finetune.recipe import read
+from orthoact.interp import engine
 recipe = read("demo-smoke", json.loads(sys.argv[1]))
 
 def dies(name, owner, at):
