@@ -337,6 +337,7 @@ def convert(
     from .convert.calibrate import calibrate_on
     from .convert.checkpoint import check_output, save
     from .convert.fidelity import evaluate
+    from .convert.provenance import own_command
     from .convert.shards import LIGHT, memory
     from .convert.sources import load_source
     from .convert.surgeon import convert_, inspect_model, plan, revert_
@@ -418,7 +419,7 @@ def convert(
             record |= {"fits": {s.name: f.to_dict() for s, f in zip(made.sites, made.fits, strict=True)}}
             if laws:
                 record |= {"calibration": {name: law.histogram() for name, law in laws.items()}}
-            made_by = {"form": form, "seed": seed, "command": _command(), "page": not no_report}
+            made_by = {"form": form, "seed": seed, "command": own_command(), "page": not no_report}
             save(source.model, out, source=source, report=record, overwrite=overwrite, **made_by)
             report["seconds"]["save"] = perf_counter() - clock
         if push_to_hub:
@@ -432,15 +433,6 @@ def convert(
         _report(model, report, made)
         if not (dry_run or no_report or adapter):
             _console().print(f"see {out / 'report.html'}")
-
-
-def _command() -> list[str]:
-    """The command line as it was given, for the record; nothing where another program calls these functions."""
-    import sys
-
-    started = Path(sys.argv[0])
-    ours = started.name.removesuffix(".exe") == "orthoact" or started == Path(__file__).with_name("__main__.py")
-    return ["orthoact", *sys.argv[1:]] if ours else []
 
 
 def _default_output(model: str, family: str) -> Path:
