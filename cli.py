@@ -443,21 +443,25 @@ def _default_output(model: str, family: str) -> Path:
 
 def _report(model: str, report: dict[str, Any], made) -> None:
     """The short table at the end of a conversion: one row for sites alike, and why each got what it got."""
-    kinds: dict[tuple, list] = {}
-    for row in report["sites"]:
-        keys = ("target", "family", "degree", "value_rms", "slope_rms", "value_max", "parameters", "reason")
-        kinds.setdefault(tuple(row[k] for k in keys), []).append(row)
+    console, sites = _console(), report["sites"]
+    said = [row["reason"].split("; ") for row in sites]
+    common = [part for part in said[0] if all(part in parts for parts in said)]  # said once, below
+    keys = ("target", "family", "degree", "value_rms", "slope_rms", "value_max", "parameters")
+    kinds: dict[tuple, list[str]] = {}
+    for row, parts in zip(sites, said, strict=True):
+        why = "; ".join(part for part in parts if part not in common)
+        kinds.setdefault((*(row[key] for key in keys), why), []).append(row["name"])
     columns = ["target", "sites", "family", "degree", "value rms", "slope rms", "value max", "numbers", "why"]
-    rows = [[key[0], len(kind), *key[1:]] for key, kind in kinds.items()]
-    if len(kinds) > len({row["target"] for row in report["sites"]}):  # sites of one target differ
+    rows = [[kind[0], len(names), *kind[1:]] for kind, names in kinds.items()]
+    if len(kinds) > len({row["target"] for row in sites}):  # sites of one target differ
         columns[:2] = ["site", "target"]
-        rows = [[row["name"], *key] for key, kind in kinds.items() for row in kind]
-    console, reasons = _console(), {row[-1] for row in rows}
-    if len(reasons) == 1:  # said once
+        of = {name: kind for kind, names in kinds.items() for name in names}
+        rows = [[row["name"], *of[row["name"]]] for row in sites]
+    if not any(row[-1] for row in rows):
         columns, rows = columns[:-1], [row[:-1] for row in rows]
-    _table(f"{model}: {len(report['sites'])} sites, {report['parameters']:,} learnable numbers", columns, rows)
-    if len(reasons) == 1:
-        console.print(reasons.pop(), style="dim")
+    _table(f"{model}: {len(sites)} sites, {report['parameters']:,} learnable numbers", columns, rows)
+    if common:
+        console.print("; ".join(common), style="dim")
     for item in made.left:
         console.print(f"left: {item.where or '(model)'} {item.function}: {item.reason}", style="dim")
     if "recovery" in report:
