@@ -604,7 +604,8 @@ def verify(out, base, task, dtype, revision, trust_remote_code, device, as_json,
         ]
         _table("bit-equal to its base" if result["verified"] else "not its base", ["", ""], rows)
     if not result["verified"]:
-        wrong = [f"{k}: {', '.join(result[k][:3])}" for k in ("differ", "missing", "added") if result[k]]
+        lists = [(k, result[k]) for k in ("differ", "missing", "added") if result[k]]
+        wrong = [f"{k} ({len(v)}): {', '.join(v[:3])}{', ...' * (len(v) > 3)}" for k, v in lists]
         wrong += [f"{name} {state}" for name, state in result["files"].items() if state == "differs"]
         raise OrthoactError(f"{out} is not {result['base']} with other activations: {'; '.join(wrong) or 'no tensor'}")
 
