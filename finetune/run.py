@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from ..convert.provenance import command_line, own_command
 from ..convert.sources import Source
 from ..interp import engine
 from ..interp.activation import counted
@@ -81,6 +82,7 @@ def train(
         )
     if accelerator.is_main_process:
         model = trainable.finish()
+        facts["command"] = command_line(own_command())
         finish(model, out, source, {**record, "training": facts})
     accelerator.wait_for_everyone()
     return facts | {"output": str(output or recipe.name)} if accelerator.is_main_process else {}

@@ -6,15 +6,18 @@ import sys
 import time
 from pathlib import Path
 
+import loopback_hub
 import psutil
 import pytest
 import tiny_training as tiny
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny_training import SHORT, short
 
 import orthoact
 from orthoact import OrthoactError
+from orthoact.convert.card import make_card
 from orthoact.convert.fidelity import evaluate
 from orthoact.convert.sources import demo_folder
 from orthoact.finetune.recipe import read
@@ -75,6 +78,16 @@ def test_the_record_says_what_trained(done):
     text = (out / "orthoact.json").read_text()
     assert str(out.parent) not in text and str(demo_folder()) not in text, "no local path may be pushed"
     assert facts["test"] == training["test"]
+
+
+def test_the_card_says_what_training_gave(done):
+    _, out = done
+    training, text = json.loads((out / "orthoact.json").read_text())["training"], make_card(out, "you/m")["README.md"]
+    assert not loopback_hub.validate(text.decode())
+    found = {(r.metric_type, r.dataset_split): r.metric_value for r in ModelCard(text.decode()).data.eval_results}
+    assert found == {(name, "test"): value for name, value in training["test"].items()}
+    figures = [f"{training[key]['perplexity']:.6g}" for key in ("zero_step", "validation", "test")]
+    assert f"| perplexity | {' | '.join(figures)} |".encode() in text and b"for 8 steps" in text
 
 
 def test_the_metrics_are_one_line_a_logged_step(done):
