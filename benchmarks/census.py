@@ -40,7 +40,7 @@ HERE = Path(__file__).parent
 JOURNAL, ROWS, TABLE = HERE / "census.jsonl", HERE / "census.json", HERE / "census.md"
 LIMIT = 60_000_000
 """Numbers of a model that is built in memory; larger ones stay on the meta device."""
-SECONDS = 40
+SECONDS = 400
 """Of processor time for one row."""
 PATIENCE = 5
 """Seconds for perturbing one site after the other; where there are too many, every so many-th is."""
@@ -292,6 +292,7 @@ def audited(model: Any) -> dict[str, Any]:
     for item in left:
         if FAMILY.match(item.function):
             left_calls[item.function] += item.calls
+    missing = unnamed(model, sites, left) if seen.ran else None
     return {
         "ran": seen.ran,
         "sites": len(sites),
@@ -300,7 +301,8 @@ def audited(model: Any) -> dict[str, Any]:
         "left": dict(rows),
         "calls": sum(max(1, seen.calls.get(s.name, 0)) for s in sites if FAMILY.match(s.target.name)),
         "left_calls": {k: n for k, n in left_calls.items() if n},
-        "unnamed": unnamed(model, sites, left) if seen.ran else {},
+        "unnamed": missing or {},
+        "checked": missing is not None,
     }
 
 
@@ -320,8 +322,11 @@ ALSO = {
 }
 
 
-def unnamed(model: Any, sites: list[Any], left: list[Any]) -> dict[str, int]:
-    """Operators that ran outside the sites more often than `left` says: by the dispatcher, not by names in Python."""
+def unnamed(model: Any, sites: list[Any], left: list[Any]) -> dict[str, int] | None:
+    """Operators that ran outside the sites more often than `left` says: by the dispatcher, not by names in Python.
+
+    None where no made-up input runs, so that nothing was checked.
+    """
     import torch
     from torch import Tensor  # noqa: F401
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -361,7 +366,7 @@ def unnamed(model: Any, sites: list[Any], left: list[Any]) -> dict[str, int]:
                 continue
             break
         else:
-            return {}
+            return None
     return {
         op: n - sum(named[f] for f in ALSO.get(op, (op,)))
         for op, n in ran.items()
@@ -413,7 +418,11 @@ def trip(model: Any, load: Any) -> dict[str, Any]:
         if made is None:
             continue
         calls = passed(list(acts.values()), part, made)
-        fresh = {n: path for n, act in acts.items() if n not in reached and calls[id(act)]}
+        fresh = {
+            n: path
+            for n, act in acts.items()
+            if n not in reached and any(t.numel() for out in calls[id(act)] for t in out)
+        }
         if fresh or not path:
             runs[path] = made, output(part, made)
             reached |= fresh
@@ -506,7 +515,7 @@ def perturbed(model: Any, acts: dict[str, Any], reached: dict[str, str], runs: d
         path = reached[name]
         act, (made, before), part = acts[name], runs[path], model.get_submodule(path)
         kept, holder = act.theta.detach().clone(), model.get_submodule(owner_path(model, name))
-        for step in (0.5, -1.0, 20.0):
+        for step in (0.5, -1.0, 20.0, -20.0):  # a clamp behind it may hold the output on one side
             with torch.no_grad():
                 act.theta += step
             if not same(output(part, made), before):
@@ -526,7 +535,9 @@ def livened(model: Any) -> None:
     import torch
 
     torch.manual_seed(0)
-    frozen = [b for n, b in model.named_buffers() if n.endswith("weight") and b.is_floating_point()]  # of batch norms
+    floating = {n: b for n, b in model.named_buffers() if b.is_floating_point()}
+    frozen = [b for n, b in floating.items() if n.endswith("weight")]  # of batch norms
+    codes = [b for n, b in floating.items() if re.search(r"embed(_sum|_avg)?$", n) and b.dim() == 2]
     padding = {
         id(m.weight): m.padding_idx
         for m in model.modules()
@@ -535,6 +546,8 @@ def livened(model: Any) -> None:
     with torch.no_grad():
         for b in frozen:
             b.uniform_(0.5, 1.5)
+        for b in codes:
+            b.normal_()
         for name, p in model.named_parameters():
             if not p.is_floating_point():
                 continue
@@ -548,6 +561,9 @@ def livened(model: Any) -> None:
                 p.uniform_(0.5, 1.5)
     model.train()
     model.eval()  # some keep what they made of the old weights
+    for module in model.modules():
+        if getattr(module, "_embed", None) is not None:  # so do code books
+            module._embed = None
 
 
 def output(model: Any, batch: dict[str, Any]) -> list[Any]:
@@ -605,6 +621,10 @@ def prepare() -> None:
     gc.freeze()
 
 
+class Late(BaseException):
+    """A row took too long; nothing that catches what a model may raise catches it."""
+
+
 def work(names: list[str], mark: Path) -> None:
     """In a process of its own: one row for each name, appended as it is made."""
     quiet = os.open(os.devnull, os.O_WRONLY)
@@ -612,7 +632,7 @@ def work(names: list[str], mark: Path) -> None:
     os.dup2(quiet, 2)
 
     def late(*_):
-        raise TimeoutError(f"more than {SECONDS} s")
+        raise Late(f"more than {SECONDS} s")
 
     signal.signal(signal.SIGPROF, late)
     for name in names:
