@@ -535,7 +535,8 @@ def livened(model: Any) -> None:
     import torch
 
     torch.manual_seed(0)
-    floating = {n: b for n, b in model.named_buffers() if b.is_floating_point()}
+    stored = model.state_dict()
+    floating = {n: b for n, b in model.named_buffers() if b.is_floating_point() and n in stored}
     frozen = [b for n, b in floating.items() if n.endswith("weight")]  # of batch norms
     codes = [b for n, b in floating.items() if re.search(r"embed(_sum|_avg)?$", n) and b.dim() == 2]
     padding = {
