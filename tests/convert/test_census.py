@@ -62,7 +62,9 @@ def test_timm(name):
     check_row(census.timm_row(name))
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK[::8] else pytest.mark.long) for n in FILES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in {"coat_tiny", *QUICK[::8]} else pytest.mark.long) for n in FILES]
+)
 def test_the_round_trip_of_timm(name):
     torch.manual_seed(0)
     check_trip(census.timm_trip(name))
