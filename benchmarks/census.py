@@ -570,8 +570,8 @@ def table() -> bool:
         f"{sum(t['loud'] for t in made.values())} fail where orthoact is absent and say so, "
         f"{sum(t['original'] for t in made.values())} give the old output back with `orthoact.original`. "
         f"{reached} of their {sites} sites were run (in {whole} models all), {tried} of these perturbed one by one: "
-        f"{sum(len(t['silent']) for t in made.values())} did nothing, {unused} changed only the output of "
-        f"their own block, of which the model's output is independent on this input.",
+        f"{sum(len(t['silent']) for t in made.values())} did nothing though the original's output depends on them, "
+        f"{unused} did nothing and do nothing in the original either: a number added to what they give leaves its output.",
         "",
     ]
     crashes = {key: row for key, row in rows.items() if row.get("crash")}

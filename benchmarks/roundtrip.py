@@ -127,8 +127,10 @@ def passed(inner: list[Any], model: Any, batch: dict[str, Any]) -> dict[int, lis
 
 
 def perturbed(model: Any, acts: dict[str, Any], reached: dict[str, str], runs: dict[str, Any]) -> dict[str, Any]:
-    """The sites whose coefficients change nothing: `silent`; where their owner's output does change: `unused`."""
+    """The sites whose coefficients change nothing: `silent`; those that change nothing in the original too: `unused`."""
     import torch
+
+    import orthoact
 
     found: dict[str, Any] = {"silent": []}
     unused = []
@@ -141,20 +143,28 @@ def perturbed(model: Any, acts: dict[str, Any], reached: dict[str, str], runs: d
     for name in names:
         path = reached[name]
         act, (made, before), part = acts[name], runs[path], model.get_submodule(path)
-        kept, holder = act.theta.detach().clone(), model.get_submodule(owner_path(model, name))
+        kept = act.theta.detach().clone()
         for step in (0.5, -1.0, 20.0, -20.0):  # a clamp behind it may hold the output on one side
             with torch.no_grad():
-                act.theta += step
+                act.theta.copy_(kept + step)
             if not same(output(part, made), before):
                 break
         else:
-            after = passed([holder], part, made)[id(holder)]
-            act.theta.data.copy_(kept)
-            held = passed([holder], part, made)[id(holder)]
-            moved = any(not same(a, b) for a, b in zip(after, held, strict=True))
-            (unused if moved else found["silent"]).append(name)
+            with orthoact.original(model):
+                plain = output(part, made)
+                shifted = [shift(act, by, lambda part=part, made=made: output(part, made)) for by in (0.5, -1.0, 20.0)]
+            (unused if all(same(out, plain) for out in shifted) else found["silent"]).append(name)
         act.theta.data.copy_(kept)
     return found | ({"unused": unused} if unused else {})
+
+
+def shift(module: Any, by: float, run: Any) -> Any:
+    """What `run` gives while a number is added to all that a module gives out."""
+    hook = module.register_forward_hook(lambda m, x, out: out + by)
+    try:
+        return run()
+    finally:
+        hook.remove()
 
 
 def livened(model: Any) -> None:
