@@ -571,7 +571,7 @@ def table() -> bool:
         f"{sum(t['original'] for t in made.values())} give the old output back with `orthoact.original`. "
         f"{reached} of their {sites} sites were run (in {whole} models all), {tried} of these perturbed one by one: "
         f"{sum(len(t['silent']) for t in made.values())} did nothing though the original's output depends on them, "
-        f"{unused} did nothing and do nothing in the original either: a number added to what they give leaves its output.",
+        f"{unused} did nothing and do nothing in the original either (a number added to what they give).",
         "",
     ]
     crashes = {key: row for key, row in rows.items() if row.get("crash")}

@@ -127,7 +127,7 @@ def passed(inner: list[Any], model: Any, batch: dict[str, Any]) -> dict[int, lis
 
 
 def perturbed(model: Any, acts: dict[str, Any], reached: dict[str, str], runs: dict[str, Any]) -> dict[str, Any]:
-    """The sites whose coefficients change nothing: `silent`; those that change nothing in the original too: `unused`."""
+    """The sites whose coefficients change nothing: `silent`; those that do nothing in the original too: `unused`."""
     import torch
 
     import orthoact
