@@ -175,8 +175,8 @@ class Separable(Family):
 
     def settle(
         self, shape: list[float], location: float, scale: float, lo: float, hi: float
-    ) -> list[tuple[list[float], float, float]]:
-        """Shapes, locations and scales in this family near a member of the smoother one on a core from `lo` to `hi`."""
+    ) -> list[tuple[list[float], float, float, float, float]]:
+        """Near a member of the smoother one on a core from `lo` to `hi`: shapes, locations, scales and joints."""
         raise NotImplementedError
 
 

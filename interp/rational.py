@@ -10,6 +10,9 @@ from scipy.optimize import nnls
 from .family import Array, Separable
 from .variance import balance
 
+CLOSE = 1.05
+"""How far a pole beyond an end of the core is from z = 0, in the distance of that end."""
+
 
 class Rational(Separable):
     r"""$S(z) = P(z) / (1 + |Q(z)|)$, $P = \sum_{k=0}^n p_k z^k$, $Q = \sum_{j=1}^{n-1} q_j z^j$: Pade (n, n-1).
@@ -40,9 +43,14 @@ class Rational(Separable):
         return 1.0
 
     def starts(self, degree: int, z: np.ndarray, w: np.ndarray, f: np.ndarray) -> list[list[float]]:
-        """One without a denominator, exact where the target is a straight line; and one with Q = 0 at z = 0."""
-        bent = [np.sign(z) * z**j for j in range(1, degree)]
-        return [[0.0] * (degree - 1), self.linearised(degree, z, w, f, bent)]
+        """One without a denominator, exact where the target is a straight line; and some with Q = 0 at z = 0.
+
+        Q changes sign there alone, or also at the same place on the other side of the core.
+        """
+        found, signs, other = [[0.0] * (degree - 1)], [np.sign(z)], z.min() + z.max()
+        if degree > 2 and abs(other) > 0.1:
+            signs.append(np.sign(z) * np.sign(z - other))
+        return found + [self.linearised(degree, z, w, f, [s * z**j for j in range(1, degree)]) for s in signs]
 
     def linearised(self, degree: int, z: np.ndarray, w: np.ndarray, f: np.ndarray, parts: list) -> list[float]:
         """The shape of the least P - f D over D as it was before, four times (Sanathanan and Koerner, 1963).
@@ -68,18 +76,25 @@ class Rational(Separable):
         return Quotient()
 
     def settle(self, shape, location, scale, lo, hi):
-        """D (1 + |Q|) seen from the places in the core where D is least: the same, or nearly, where D > 0."""
+        """D (1 + |Q|) seen from the places in the core where D is least: the same where D is no less than there.
+
+        The core ends where it is.
+        """
         ends = (np.array([lo, hi]) - location) / scale
         d = np.polynomial.Polynomial([1.0, *shape])
         turns = d.deriv().roots() if len(shape) > 1 else np.zeros(0)
         turns = turns.real[(abs(turns.imag) < 1e-6) & (turns.real > ends[0]) & (turns.real < ends[1])]
         places = np.concatenate([ends, turns, [ends.mean()]])
-        found = []
+        dense, found = np.linspace(-1, 1, 2001), []
         for place in places[np.argsort(d(places) + 1e-9 * places**2, kind="stable")][:3]:
             least = float(np.float32(location + scale * place))
             unit = float(np.float32(max(hi - least, least - lo)))
             moved = d(np.polynomial.Polynomial([(least - location) / scale, unit / scale])).coef
-            found.append((np.pad(moved[1:] / moved[0], (0, len(shape) + 1 - len(moved))).tolist(), least, unit))
+            moved = np.pad(moved, (0, len(shape) + 1 - len(moved))) / moved[0]
+            where = least + unit * dense
+            below = where[np.polynomial.polynomial.polyval(dense, moved) < 1 - 1e-6]
+            left, right = below[below < least].max(initial=lo), below[below > least].min(initial=hi)
+            found.append((moved[1:].tolist(), least, unit, left, right))
         return found
 
     def split(self, parameters: list[Array]) -> tuple[list[Array], list[Array]]:
@@ -168,14 +183,26 @@ class Quotient(Rational):
     centred = False
 
     def starts(self, degree, z, w, f):
-        """Every power in the denominator, or the even ones alone; poles above and below, to the left, to the right."""
+        """Every power in the denominator, or the even ones alone, or what is left beside poles close to the ends.
+
+        And poles above and below, to the left, to the right.
+        """
         powers = [z**j for j in range(1, degree)]
         even = [power if j % 2 else None for j, power in enumerate(powers)]
         found = [self.linearised(degree, z, w, f, parts) for parts in ([powers, even] if degree > 2 else [powers])]
         reach = 1.5 * abs(z).max()
         line = np.polynomial.Polynomial([1.0, 1 / reach])
         poles = np.polynomial.Polynomial([1.0, 0.0, 4.0 / (degree * abs(z).max() ** 2)]) ** ((degree - 1) // 2)
-        for d in (poles, line ** (degree - 1), line(np.polynomial.Polynomial([0.0, -1.0])) ** (degree - 1)):
+        denominators = [poles, line ** (degree - 1), line(np.polynomial.Polynomial([0.0, -1.0])) ** (degree - 1)]
+        for ends in ([z.min()], [z.max()], [z.min(), z.max()]):
+            close, rest = np.polynomial.Polynomial([1.0]), degree - 1 - len(ends)
+            for end in ends:
+                close *= np.polynomial.Polynomial([1.0, -1 / (CLOSE * end)])
+            if rest >= 2:
+                e = close(z)
+                own = self.linearised(degree, z, w / e**2, f * e, [z**j for j in range(1, rest + 1)])
+                denominators.append(close * np.polynomial.Polynomial([1.0, *own]))
+        for d in denominators:
             found.append(np.pad(d.coef[1:], (0, degree - len(d.coef))).tolist())
         return found
 

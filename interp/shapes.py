@@ -120,9 +120,9 @@ def _settle(own: Race, state: State, race: Race) -> State:
     family, n = own.family, race.shapes
     frames, alphas = [], []
     for (location, scale), alpha, joints in zip(state.frame, state.alpha, race.joints(state.alpha), strict=True):
-        for shape, *frame in family.settle(alpha[:n].tolist(), location, scale, *joints.tolist()):
+        for shape, *frame, lo, hi in family.settle(alpha[:n].tolist(), location, scale, *joints.tolist()):
             frames.append(frame)
-            alphas.append(np.concatenate([shape, [0.0] * family.centred, alpha[race.inner :]]))
+            alphas.append([*shape, *[0.0] * family.centred, *((lo, hi)[i] for i in race.free)])
     return own.evaluate(np.array(frames), np.array(alphas))
 
 
