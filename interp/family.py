@@ -148,8 +148,11 @@ class Separable(Family):
         """The |z| to which the core is scaled."""
 
     @abstractmethod
-    def starts(self, degree: int, z: np.ndarray, w: np.ndarray, f: np.ndarray) -> list[list[float]]:
-        """Shapes to start the search from, for values `f` with weights `w` at `z` in the core; deterministic."""
+    def starts(self, degree: int, z: np.ndarray, w: np.ndarray, f: np.ndarray) -> np.ndarray:
+        """Shapes to start the search from in each of several cores, (cores, starts, numbers); deterministic.
+
+        Values `f` with weights `w` are wanted at `z`, each (cores, points).
+        """
 
     def columns(self, shape: np.ndarray, z: np.ndarray, linear: int) -> tuple[np.ndarray, np.ndarray]:
         r"""The basis $\phi_k$ and its slopes, (starts, points, k), for shapes (starts, numbers) and z (starts, points).

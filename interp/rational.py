@@ -42,35 +42,42 @@ class Rational(Separable):
     def reach(self, degree: int) -> float:
         return 1.0
 
-    def starts(self, degree: int, z: np.ndarray, w: np.ndarray, f: np.ndarray) -> list[list[float]]:
+    def starts(self, degree, z, w, f):
         """One without a denominator, exact where the target is a straight line; and some with Q = 0 at z = 0.
 
         Q changes sign there alone, or also at the same place on the other side of the core.
         """
-        found, signs, other = [[0.0] * (degree - 1)], [np.sign(z)], z.min() + z.max()
-        if degree > 2 and abs(other) > 0.1:
-            signs.append(np.sign(z) * np.sign(z - other))
-        return found + [self.linearised(degree, z, w, f, [s * z**j for j in range(1, degree)]) for s in signs]
+        other = z.min(axis=1, keepdims=True) + z.max(axis=1, keepdims=True)
+        signs = [np.sign(z)] if degree < 3 or abs(other).max() < 0.1 else [np.sign(z), np.sign(z) * np.sign(z - other)]
+        powers = _powers(z, degree - 1)[..., 1:]
+        found = [self.linearised(degree, z, w, f, sign[..., None] * powers) for sign in signs]
+        return np.stack([np.zeros_like(found[0]), *found], axis=1)
 
-    def linearised(self, degree: int, z: np.ndarray, w: np.ndarray, f: np.ndarray, parts: list) -> list[float]:
-        """The shape of the least P - f D over D as it was before, four times (Sanathanan and Koerner, 1963).
+    def linearised(self, degree: int, z: np.ndarray, w: np.ndarray, f: np.ndarray, parts: np.ndarray) -> np.ndarray:
+        """The least P - f D over D as it was before, four times (Sanathanan and Koerner, 1963), for each core.
 
-        D = 1 + a combination of `parts`; a part that is None has no share.
+        D = 1 + a combination of `parts`, (cores, points, parts); the factors are returned, (cores, parts).
         """
-        numerator = np.stack([z**k for k in range(degree + 1)], axis=-1)
-        own = np.stack([part for part in parts if part is not None], axis=-1)
-        last, found = np.ones_like(z), np.zeros(own.shape[1])
+        system = np.concatenate([_powers(z, degree), -f[..., None] * parts, f[..., None]], axis=-1)
+        root, found = np.sqrt(w), np.zeros((len(z), parts.shape[-1]))
         for _ in range(4):
-            root = (np.sqrt(w) / last)[:, None]
-            q, _ = np.linalg.qr(root * numerator)
-            system, wanted = -root * f[:, None] * own, root[:, 0] * f
-            found = self.least(system - q @ (q.T @ system), wanted - q @ (q.T @ wanted))
-            last = np.maximum(abs(1 + own @ found), 1e-2)
-        every = iter(found.tolist())
-        return [0.0 if part is None else next(every) for part in parts]
+            last = np.maximum(abs(1 + (parts @ found[..., None])[..., 0]), 1e-2)
+            r = np.linalg.qr((root / last)[..., None] * system, mode="r")[:, degree + 1 :, degree + 1 :]
+            found = self.least(r[..., :-1], r[..., -1])
+        return found
+
+    def plain(self, degree: int, z: np.ndarray, w: np.ndarray, f: np.ndarray, at: np.ndarray | None = None) -> list:
+        """Denominators with every power of `z`, and with the even ones alone; the numerator is one of `at`."""
+        powers, at = _powers(z, degree - 1)[..., 1:], z if at is None else at
+        found = [self.linearised(degree, at, w, f, powers)]
+        if degree > 2:
+            even = np.zeros_like(found[0])
+            even[:, 1::2] = self.linearised(degree, at, w, f, powers[..., 1::2])
+            found.append(even)
+        return found
 
     def least(self, system: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-        return np.linalg.lstsq(system, wanted, rcond=1e-12)[0]
+        return (np.linalg.pinv(system, rcond=1e-12) @ wanted[..., None])[..., 0]
 
     def relaxed(self) -> Separable | None:
         return Quotient()
@@ -187,24 +194,29 @@ class Quotient(Rational):
 
         And poles above and below, to the left, to the right.
         """
-        powers = [z**j for j in range(1, degree)]
-        even = [power if j % 2 else None for j, power in enumerate(powers)]
-        found = [self.linearised(degree, z, w, f, parts) for parts in ([powers, even] if degree > 2 else [powers])]
-        reach = 1.5 * abs(z).max()
-        line = np.polynomial.Polynomial([1.0, 1 / reach])
-        poles = np.polynomial.Polynomial([1.0, 0.0, 4.0 / (degree * abs(z).max() ** 2)]) ** ((degree - 1) // 2)
-        denominators = [poles, line ** (degree - 1), line(np.polynomial.Polynomial([0.0, -1.0])) ** (degree - 1)]
-        for ends in ([z.min()], [z.max()], [z.min(), z.max()]):
-            close, rest = np.polynomial.Polynomial([1.0]), degree - 1 - len(ends)
-            for end in ends:
-                close *= np.polynomial.Polynomial([1.0, -1 / (CLOSE * end)])
+        found, reach = self.plain(degree, z, w, f), abs(z).max(axis=1, keepdims=True)
+        least, most = z.min(axis=1, keepdims=True), z.max(axis=1, keepdims=True)
+        for ends in ([least], [most], [least, most]):
+            rest = degree - 1 - len(ends)
             if rest >= 2:
-                e = close(z)
-                own = self.linearised(degree, z, w / e**2, f * e, [z**j for j in range(1, rest + 1)])
-                denominators.append(close * np.polynomial.Polynomial([1.0, *own]))
-        for d in denominators:
-            found.append(np.pad(d.coef[1:], (0, degree - len(d.coef))).tolist())
-        return found
+                close = np.prod([1 - z / (CLOSE * end) for end in ends], axis=0)
+                own = self.linearised(degree, z, w / close**2, f * close, _powers(z, rest)[..., 1:])
+                d = np.concatenate([np.ones_like(least), own, np.zeros((len(z), len(ends)))], axis=1)
+                for end in ends:
+                    d[:, 1:] -= d[:, :-1] / (CLOSE * end)
+                found.append(d[:, 1:])
+        polynomial, orders = np.polynomial.Polynomial, np.arange(1, degree)
+        above, side = (
+            polynomial([1.0, 0.0, 4.0 / degree]) ** ((degree - 1) // 2),
+            polynomial([1.0, 2 / 3]) ** (degree - 1),
+        )
+        for d in (
+            np.pad(above.coef, (0, degree - len(above.coef)))[1:],
+            side.coef[1:],
+            side.coef[1:] * (-1.0) ** orders,
+        ):
+            found.append(d / reach**orders)
+        return np.stack(found, axis=1)
 
     def relaxed(self):
         return None
@@ -243,21 +255,23 @@ class SumRational(Rational):
 
     def starts(self, degree, z, w, f):
         """One without a denominator; every power in it, or the even ones alone."""
-        powers = [abs(z) ** j for j in range(1, degree)]
-        even = [power if j % 2 else None for j, power in enumerate(powers)]
-        found = [self.linearised(degree, z, w, f, parts) for parts in ([powers, even] if degree > 2 else [powers])]
-        return [[0.0] * (degree - 1), *found]
+        found = self.plain(degree, abs(z), w, f, z)
+        return np.stack([np.zeros_like(found[0]), *found], axis=1)
 
     def relaxed(self):
         return None
 
     def least(self, system, wanted):
-        size, n = np.linalg.norm(system, axis=0) + 1e-300, system.shape[1]
-        # the ridge keeps nnls from cycling among columns that are nearly the same
-        try:
-            found, _ = nnls(np.concatenate([system / size, 1e-6 * np.eye(n)]), np.append(wanted, np.zeros(n)))
-        except RuntimeError:  # it cycled all the same: this is only a start
-            return np.zeros(n)
+        size, n = np.linalg.norm(system, axis=1) + 1e-300, system.shape[-1]
+        found = np.zeros_like(size)
+        for i in range(len(system)):
+            # the ridge keeps nnls from cycling among columns that are nearly the same
+            try:
+                found[i], _ = nnls(
+                    np.concatenate([system[i] / size[i], 1e-6 * np.eye(n)]), np.append(wanted[i], np.zeros(n))
+                )
+            except RuntimeError:  # it cycled all the same: this is only a start
+                continue
         return found / size
 
     def denominator(self, shape, z):

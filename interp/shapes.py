@@ -140,18 +140,19 @@ def _starts(p: Problem, race: Race) -> tuple[np.ndarray, np.ndarray]:
     """Frame and alpha of each start."""
     family, frames, alphas = race.family, [], []
     shifts = (SHIFTS[:3] if p.is_symmetric() else SHIFTS) if family.centred else (0.0,)
-    for lo, hi in _joints(p, race.sides):
-        half = (hi - lo) / 2
-        x, w = race.nodes(np.array([[lo, hi]]))
-        f = np.interp(x[0], p.x, p.f)
-        for shift in shifts:
-            frame = (lo + hi) / 2 + shift * half, half / family.reach(p.degree)
-            if p.tails == "none":
-                frame = p.domain.mean, p.domain.std
-            for shape in family.starts(p.degree, (x[0] - frame[0]) / frame[1], w[0], f):
-                frames.append(frame)
-                alphas.append([*shape, *([0.0] if family.centred else []), *((lo, hi)[i] for i in race.free)])
-    return np.array(frames, dtype=np.float32).astype(float), np.array(alphas)
+    ends = np.array(_joints(p, race.sides), dtype=float)
+    x, w = race.nodes(ends)
+    f, half = np.interp(x, p.x, p.f), (ends[:, 1:] - ends[:, :1]) / 2
+    rest = np.concatenate([np.zeros((len(ends), int(family.centred))), ends[:, race.free]], axis=1)
+    for shift in shifts:
+        frame = np.concatenate([ends.mean(axis=1, keepdims=True) + shift * half, half / family.reach(p.degree)], axis=1)
+        if p.tails == "none":
+            frame[:] = p.domain.mean, p.domain.std
+        shapes = family.starts(p.degree, (x - frame[:, :1]) / frame[:, 1:], w, f)
+        n = shapes.shape[1]
+        frames.append(np.repeat(frame, n, axis=0))
+        alphas.append(np.concatenate([shapes.reshape(len(ends) * n, -1), np.repeat(rest, n, axis=0)], axis=1))
+    return np.concatenate(frames).astype(np.float32).astype(float), np.concatenate(alphas)
 
 
 def _joints(p: Problem, sides: tuple[Side, Side]) -> list[tuple[float, float]]:
