@@ -40,6 +40,8 @@ HERE = Path(__file__).parent
 FILE = HERE / "reference.json"
 SIZES = (9, 17)
 STARTS = 48
+NODES = 160
+"""Nodes in the core of a separable family in the search."""
 FIRST = (
     *("gelu", "silu", "gelu_tanh", "mish", "relu6", "elu", "softplus", "tanh", "sigmoid", "quick_gelu", "selu"),
     *("hardswish", "relu2", "leaky_relu", "celu", "laplace", "log_sigmoid", "xielu", "softsign", "tanhshrink"),
@@ -68,42 +70,47 @@ def ridge(j: float) -> float:
 
 def cost(p: Problem, result: Fit) -> float:
     """J of a fit as the references have it."""
-    if isinstance(p.family, Piecewise):
-        return fine(p, lambda x: result(x))
     if not isinstance(p.family, Separable):
-        return result.objective
+        return fine(p, result) if isinstance(p.family, Piecewise) else result.objective
+    j = fine(p, result)  # a core may be steep between the law's own nodes
     linear = p.family.size(p.degree) - p.family.shape(p.degree)
     core = (p.x >= result.lo) & (p.x <= result.hi)
     numbers = [0.0] * linear + list(result.coefficients[linear:])
     basis = np.stack(p.family.jacobian(numbers, (p.x[core] - result.location) / result.scale)[0][:linear])
     shares = basis**2 @ p.w[core] * np.square(result.coefficients[:linear])
-    return result.objective + ridge(result.objective) ** 2 * float(shares.sum())
+    return j + ridge(j) ** 2 * float(shares.sum())
 
 
-def fine(p: Problem, copy) -> float:
-    """J by a sum over nodes 32 times as dense, so that it hardly jumps when a kink passes one."""
+def dense(p: Problem) -> tuple[np.ndarray, ...]:
+    """Nodes 32 times as dense as the law's own, their weights, and the target's values and slopes there."""
     step = p.step / 32
     x = p.ends[0] + step * (np.arange(32 * len(p.x)) + 0.5)
     w = np.interp(x, p.x, p.law)
-    f, d = p.target(x)
+    return x, w / w.sum(), *p.target(x)
+
+
+def fine(p: Problem, copy) -> float:
+    """J by a sum over dense nodes, so that it hardly jumps when a kink passes one and nothing hides between them."""
+    x, w, f, d = dense(p)
     value, slope = copy(x)
-    return float(w @ ((value - f) ** 2 + p.weight * (slope - d) ** 2) / w.sum())
+    return float(w @ ((value - f) ** 2 + p.weight * (slope - d) ** 2))
 
 
 # -- what scores -------------------------------------------------------------------------------------------------------
 
 
-def score(p: Problem, sides, lo: float, hi: float, rows, weight: float = 0.0) -> float:
+def score(p: Problem, sides, lo: float, hi: float, rows, weight: float = 0.0, nodes=None) -> float:
     """The least J at given joints for the series with these `rows` (values and slopes of its basis, by x).
 
-    `weight` is that of the linear numbers.
+    `weight` is that of the linear numbers, `nodes` are others than the law's own.
     """
-    core = (p.x >= lo) & (p.x <= hi)
+    x, w, f, d = nodes or (p.x, p.w, p.f, p.d)
+    core = (x >= lo) & (x <= hi)
     equalities, wanted, total = [], [], 0.0
-    for joint, side, outside in ((lo, sides[0], p.x < lo), (hi, sides[1], p.x > hi)):
+    for joint, side, outside in ((lo, sides[0], x < lo), (hi, sides[1], x > hi)):
         level, steep = p.wanted(joint, side)
-        gap = level + steep * (p.x[outside] - joint) - p.f[outside]
-        total += p.w[outside] @ (gap**2 + p.weight * (steep - p.d[outside]) ** 2)
+        gap = level + steep * (x[outside] - joint) - f[outside]
+        total += w[outside] @ (gap**2 + p.weight * (steep - d[outside]) ** 2)
         value, slope = rows(np.array([joint]), lo, hi)
         equalities += [value[0], slope[0]][: side.equalities]
         wanted += [level, steep][: side.equalities]
@@ -114,13 +121,25 @@ def score(p: Problem, sides, lo: float, hi: float, rows, weight: float = 0.0) ->
     particular, free = (vt[:rank].T @ ((u[:, :rank].T @ b) / s[:rank])) / size, vt[rank:].T / size[:, None]
     if np.abs(a @ particular - b).max() > 1e-7 * (1 + np.abs(b).max()):
         return np.inf
-    values, slopes = rows(p.x[core], lo, hi)
-    root, steep = np.sqrt(p.w[core]), np.sqrt(p.weight * p.w[core])
+    values, slopes = rows(x[core], lo, hi)
+    root, steep = np.sqrt(w[core]), np.sqrt(p.weight * w[core])
     share = np.linalg.norm(root[:, None] * values, axis=0)
     system = np.concatenate([root[:, None] * values, steep[:, None] * slopes, weight * np.diag(share)])
-    right = np.concatenate([root * p.f[core], steep * p.d[core], np.zeros(len(size))]) - system @ particular
+    right = np.concatenate([root * f[core], steep * d[core], np.zeros(len(size))]) - system @ particular
     found = np.linalg.lstsq(system @ free, right, rcond=None)[0]
     return float(total + np.sum((system @ (free @ found) - right) ** 2))
+
+
+def separable_score(p: Problem, sides, where: dict, weight: float) -> float:
+    """The least J of a separable family at the shape and joints of `where`."""
+    location, scale, shape = where["location"], where["scale"], list(where["shape"])
+    linear = p.family.size(p.degree) - len(shape)
+
+    def rows(x, lo, hi):
+        values, slopes = p.family.jacobian([0.0] * linear + shape, (x - location) / scale)
+        return np.stack(values[:linear], axis=-1), np.stack(slopes[:linear], axis=-1) / scale
+
+    return score(p, sides, where["lo"], where["hi"], rows, weight, dense(p))
 
 
 # -- the three searches ------------------------------------------------------------------------------------------------
@@ -167,7 +186,7 @@ def random_shape(name: str, degree: int, random) -> np.ndarray:
 
 
 def search_separable(p: Problem, sides, random) -> dict:
-    race = Race(p, p.family, sides, 160)
+    race = Race(p, p.family, sides, NODES)
     centre, spread = p.bend()
 
     def improve(places: list, steps: int) -> list:
@@ -211,16 +230,11 @@ def search_separable(p: Problem, sides, random) -> dict:
         lo, hi = (float(v) for v in race.joints(alpha[None])[0])
         if p.family.centred:
             location = location + scale * alpha[race.shapes]
-        shape = alpha[: race.shapes].tolist()
-
-        def rows(x, lo, hi, shape=shape, location=location, scale=scale):
-            values, slopes = p.family.jacobian([0.0] * race.linear + shape, (x - location) / scale)
-            return np.stack(values[: race.linear], axis=-1), np.stack(slopes[: race.linear], axis=-1) / scale
-
-        value = score(p, sides, lo, hi, rows, race.rounding)
-        if p.ends[0] <= lo < hi <= p.ends[1] and value < best["reference"]:
-            where = {"location": float(location), "scale": float(scale), "shape": shape}
-            best = {"reference": value, "lo": lo, "hi": hi} | where
+        where = {"lo": lo, "hi": hi, "location": float(location), "scale": float(scale)}
+        where["shape"] = alpha[: race.shapes].tolist()
+        value = separable_score(p, sides, where, race.rounding) if p.ends[0] <= lo < hi <= p.ends[1] else np.inf
+        if value < best["reference"]:
+            best = {"reference": value} | where
     return best
 
 

@@ -11,8 +11,9 @@ from .family import Separable
 from .problem import Problem, Side
 from .race import ROUNDING, Race, State
 
-COARSE, FINE = 64, 160
-"""Nodes in the core: in the race, and for its winners (rationals hide poles between nodes that are few)."""
+COARSE, FINE, DENSE = 64, 160, 640
+"""Nodes in the core: in the race, for its winners, and to choose among these (rationals hide poles and kinks between
+nodes that are few)."""
 
 RADII = (1.5, 6.0)
 """Least and greatest distance of a joint from the centre of the target's curvature to start from, in its spread."""
@@ -37,6 +38,15 @@ LAST = (3, 60)
 
 ONE = ((3, 10), (3, 20))
 """How many starts of a family with one shape number are improved, by how many steps; then again."""
+
+CHOSEN = 12
+"""Among how many the winners are chosen."""
+
+EXACTLY = 10
+"""How many steps a start is improved that is exact already."""
+
+PLAIN = 0.01
+"""What a winner may lose, as a share of J, by being a member of the smoother family."""
 
 SAME = 1e-3
 """Starts whose J differ by less than this share are taken for the same valley."""
@@ -66,7 +76,7 @@ def search_shapes(p: Problem, sides: tuple[Side, Side]) -> Found:
     begun = race.evaluate(*_starts(p, race))
     exact = np.flatnonzero(begun.value <= EXACT**2 * (p.w @ p.f**2))
     if len(exact):
-        return _found(fine, begun[exact[:1]])
+        return _found(fine, _best(fine.improve(_join(fine, [_best(begun, 1)]), EXACTLY), 1))
     if race.shapes == 1:  # few valleys, and no poles
         for kept, steps in ONE:
             begun = race.improve(_best(begun, kept), steps, 5e-3)
@@ -81,10 +91,17 @@ def search_shapes(p: Problem, sides: tuple[Side, Side]) -> Found:
     for seed in range(HOPS if smooth is None else 1):
         hops = _run(race, _hop(race, _best(found, PLACES), seed), HOP)
         found = _join(race, [found, hops])
-    best = _best(_join(fine, [found]), LAST[0])
+    dense = Race(p, p.family, sides, DENSE)
+    best = _best(_join(dense, [_best(found, CHOSEN)]), LAST[0])
     # terms that cancel each other are worth a thousandth of the error, not the rounding of the copy
-    fine.rounding = max(ROUNDING, 1e-3 * float(best.value[0]) ** 0.5)
-    return _found(fine, _best(fine.improve(fine.evaluate(best.frame, best.alpha), LAST[1]), 1))
+    fine.rounding = dense.rounding = max(ROUNDING, 1e-3 * float(best.value[0]) ** 0.5)
+    last = fine.improve(fine.evaluate(best.frame, best.alpha), LAST[1])
+    last = _best(_join(dense, [best, last]), LAST[0])
+    if smooth is not None:  # without kinks so close to each other that they hide between nodes
+        plain = _best(_settle(dense, last, dense), 1)
+        if plain.value[0] < last.value[0] * (1 + PLAIN):
+            last = plain
+    return _found(fine, last[:1])
 
 
 def _run(race: Race, state: State, stages: tuple[tuple[int, int], ...]) -> State:
@@ -120,6 +137,7 @@ def _settle(own: Race, state: State, race: Race) -> State:
     family, n = own.family, race.shapes
     frames, alphas = [], []
     for (location, scale), alpha, joints in zip(state.frame, state.alpha, race.joints(state.alpha), strict=True):
+        location = location + scale * (alpha[n] if race.family.centred else 0.0)
         for shape, *frame, lo, hi in family.settle(alpha[:n].tolist(), location, scale, *joints.tolist()):
             frames.append(frame)
             alphas.append([*shape, *[0.0] * family.centred, *((lo, hi)[i] for i in race.free)])
