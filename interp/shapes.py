@@ -73,7 +73,7 @@ def search_shapes(p: Problem, sides: tuple[Side, Side]) -> Found:
     assert isinstance(p.family, Separable)
     smooth, fine = p.family.relaxed(), Race(p, p.family, sides, FINE)
     race = Race(p, p.family, sides, COARSE)
-    begun = race.evaluate(*_starts(p, race))
+    begun = _begin(p, race)
     exact = np.flatnonzero(begun.value <= EXACT**2 * (p.w @ p.f**2))
     if len(exact):
         return _found(fine, _best(fine.improve(_join(fine, [_best(begun, 1)]), EXACTLY), 1))
@@ -86,13 +86,14 @@ def search_shapes(p: Problem, sides: tuple[Side, Side]) -> Found:
     found = _run(race, begun, RACE)
     if smooth is not None:
         other = Race(p, smooth, sides, COARSE)
-        settled = _settle(race, _run(other, other.evaluate(*_starts(p, other)), RACE), other)
+        settled = _settle(race, _run(other, _begin(p, other), RACE), other)
         found = _run(race, _join(race, [found, settled]), SETTLE)
     for seed in range(HOPS if smooth is None else 1):
         hops = _run(race, _hop(race, _best(found, PLACES), seed), HOP)
         found = _join(race, [found, hops])
     dense = Race(p, p.family, sides, DENSE)
-    best = _best(_join(dense, [_best(found, CHOSEN)]), LAST[0])
+    best = _best(found, CHOSEN)
+    best = best[_valleys(dense.values(best.frame, best.alpha))[: LAST[0]]]
     # terms that cancel each other are worth a thousandth of the error, not the rounding of the copy
     fine.rounding = dense.rounding = max(ROUNDING, 1e-3 * float(best.value[0]) ** 0.5)
     last = fine.improve(fine.evaluate(best.frame, best.alpha), LAST[1])
@@ -102,6 +103,14 @@ def search_shapes(p: Problem, sides: tuple[Side, Side]) -> Found:
         if plain.value[0] < last.value[0] * (1 + PLAIN):
             last = plain
     return _found(fine, last[:1])
+
+
+def _begin(p: Problem, race: Race) -> State:
+    """The best of the starts."""
+    frame, alpha = _starts(p, race)
+    value = race.values(frame, alpha)
+    rows = _valleys(value)[: RACE[0][0]]
+    return race.evaluate(frame[rows], alpha[rows])
 
 
 def _run(race: Race, state: State, stages: tuple[tuple[int, int], ...]) -> State:
@@ -127,9 +136,14 @@ def _hop(race: Race, state: State, seed: int) -> State:
 
 def _best(state: State, most: int) -> State:
     """The best of each valley."""
-    order = np.argsort(state.value, kind="stable")
-    value = state.value[order]
-    return state[order[np.append(True, value[1:] > value[:-1] * (1 + SAME))][:most]]
+    return state[_valleys(state.value)[:most]]
+
+
+def _valleys(value: np.ndarray) -> np.ndarray:
+    """The rows of the least J in each valley, the best first."""
+    order = np.argsort(value, kind="stable")
+    value = value[order]
+    return order[np.append(True, value[1:] > value[:-1] * (1 + SAME))]
 
 
 def _settle(own: Race, state: State, race: Race) -> State:
