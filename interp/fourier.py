@@ -39,7 +39,7 @@ class Fourier(Separable):
         return pi  # w = 1 is periodic on the core
 
     def starts(self, degree, z, w, f):
-        return np.tile([[0.8], [0.5]], (len(z), 1, 1))
+        return np.tile([[0.8], [0.7], [0.6], [0.5], [0.3], [0.05]], (len(z), 1, 1))
 
     def frequencies(self, shape: np.ndarray, degree: int) -> np.ndarray:
         """The frequency of each harmonic, for shapes in rows."""

@@ -36,7 +36,13 @@ HOP = ((24, 6), (8, 12))
 LAST = (3, 60)
 """How many are improved on the fine nodes, by how many steps."""
 
-ONE = ((3, 10), (3, 20))
+FEW = 48
+"""Nodes in the core for a family with one shape number."""
+
+SETTLED = 1e-3
+"""The gain of a step, as a share of J, from which it goes on there."""
+
+ONE = ((6, 5), (2, 20))
 """How many starts of a family with one shape number are improved, by how many steps; then again."""
 
 CHOSEN = 12
@@ -72,14 +78,14 @@ def search_shapes(p: Problem, sides: tuple[Side, Side]) -> Found:
     """Shape and joints of least J."""
     assert isinstance(p.family, Separable)
     smooth, fine = p.family.relaxed(), Race(p, p.family, sides, FINE)
-    race = Race(p, p.family, sides, COARSE)
+    race = Race(p, p.family, sides, FEW if p.family.shape(p.degree) == 1 else COARSE)
     begun = _begin(p, race)
     exact = np.flatnonzero(begun.value <= EXACT**2 * (p.w @ p.f**2))
     if len(exact):
         return _found(fine, _best(fine.improve(_join(fine, [_best(begun, 1)]), EXACTLY), 1))
     if race.shapes == 1:  # few valleys, and no poles
         for kept, steps in ONE:
-            begun = race.improve(_best(begun, kept), steps, 5e-3)
+            begun = race.improve(_best(begun, kept), steps, SETTLED)
             race.rounding = max(ROUNDING, 1e-3 * float(begun.value.min()) ** 0.5)
             begun = race.evaluate(begun.frame, begun.alpha)
         return _found(race, _best(begun, 1))
@@ -109,7 +115,11 @@ def _begin(p: Problem, race: Race) -> State:
     """The best of the starts."""
     frame, alpha = _starts(p, race)
     value = race.values(frame, alpha)
-    rows = _valleys(value)[: RACE[0][0]]
+    rows = _valleys(value)
+    if race.shapes == 1:  # the best with each shape, whatever the joints
+        _, first = np.unique(alpha[rows, 0], return_index=True)
+        rows = rows[np.sort(first)]
+    rows = rows[: RACE[0][0]]
     return race.evaluate(frame[rows], alpha[rows])
 
 

@@ -240,9 +240,12 @@ def test_linear_in_all_but_the_shape(family, degree):
 def test_starts_are_shapes_and_always_the_same(family, degree):
     z = core(family, degree, 200)
     w, f = np.exp(-(z**2)) / np.exp(-(z**2)).sum(), np.tanh(2 * z)
-    starts = family.starts(degree, z, w, f)
-    assert starts and all(len(shape) == family.shape(degree) and np.isfinite(shape).all() for shape in starts)
-    assert starts == family.starts(degree, z, w, f)
+    both = [np.stack([part, part]) for part in (z, w, f)]
+    starts = family.starts(degree, *both)
+    assert starts.shape[0] == 2 and starts.shape[1] and starts.shape[2] == family.shape(degree)
+    assert np.isfinite(starts).all()
+    np.testing.assert_array_equal(starts, family.starts(degree, *both))
+    np.testing.assert_array_equal(starts[0], family.starts(degree, *(part[:1] for part in both))[0])
 
 
 @over(Separable)
@@ -277,7 +280,8 @@ def test_a_quotient_without_a_pole_is_a_rational(degree):
         d = quotient.parts(shape[None], ((x - 1) / 4)[None])[0][0]
         if d.min() < 0.05:
             continue
-        new, location, scale = family.settle(shape.tolist(), 1.0, 4.0, lo, hi)[0]
+        new, location, scale, left, right = family.settle(shape.tolist(), 1.0, 4.0, lo, hi)[0]
+        assert (left, right) == (lo, hi)
         got = 1 + np.abs(np.polynomial.polynomial.polyval((x - location) / scale, [0.0, *new]))
         assert got.min() >= 1 and np.abs((x - location) / scale).max() <= 1 + 1e-6
         close(got / got.mean(), d / d.mean(), 1e-5 * (d / d.mean()).max())
@@ -467,7 +471,7 @@ class Bumps(Separable):
         return balance(self, [0.0, 1.0, *[0.5] * degree, *np.linspace(-1, 1, degree)], slice(1), slice(degree + 2))
 
     def starts(self, degree, z, w, f):
-        return [list(np.linspace(-2, 2, degree)), list(np.linspace(-1, 1, degree))]
+        return np.tile([np.linspace(-2, 2, degree), np.linspace(-1, 1, degree)], (len(z), 1, 1))
 
     def parts(self, p, z):
         n = len(p) // 2 - 1
