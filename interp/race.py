@@ -72,6 +72,7 @@ class Race:
         self.steep = [] if self.bare else [i for i, side in enumerate(sides) if side.equalities == 2]
         """The joints at which the slope is asked for too."""
         self.kinked = [] if self.bare else [i for i in (0, 1) if i not in self.steep]
+        self.unsound = type(family).sound is not Separable.sound
         self.count, self.floor = nodes, FLOOR * (1 + p.w @ p.f**2)
 
     def joints(self, alpha: np.ndarray) -> np.ndarray:
@@ -146,8 +147,9 @@ class Race:
             astray |= (joints[:, 0] < p.ends[0]) | (joints[:, 1] > p.ends[1])
             astray |= joints[:, 1] - joints[:, 0] < p.domain.std / 2
             joints = np.where(astray[:, None], [p.domain.mean - p.domain.std, p.domain.mean + p.domain.std], joints)
-            ends = joints[:, :1] + DENSE * (joints[:, 1:] - joints[:, :1])
-            astray |= ~self.family.sound(alpha[:, : self.shapes], (ends - location) / scale - shift)
+            if self.unsound:
+                ends = joints[:, :1] + DENSE * (joints[:, 1:] - joints[:, :1])
+                astray |= ~self.family.sound(alpha[:, : self.shapes], (ends - location) / scale - shift)
         x, w = self.nodes(joints)
         root = np.sqrt(w)
         f, d = (p.f + 0 * x, p.d + 0 * x) if self.bare else p.near(x)

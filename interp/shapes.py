@@ -27,10 +27,10 @@ RACE = ((12, 6), (6, 10))
 SETTLE = ((12, 10), (6, 10))
 """The same for those that come from a smoother family, together with those of the family itself."""
 
-HOPS, PLACES, SIZES = 4, 4, (0.05, 0.2, 0.5)
-"""How often hops are made (once after a smoother family), from how many of the best, and their relative sizes."""
+HOPS, AFTER, PLACES, SIZES = 4, 3, 4, ((0.02, 0.1, 0.3), (0.05, 0.2, 0.5))
+"""How often hops are made, and how often after a smoother family; from how many of the best; their relative sizes."""
 
-HOP = ((24, 6), (8, 12))
+HOP = ((24, 10), (6, 16))
 """How many hops are improved, by how many steps."""
 
 LAST = (3, 60)
@@ -43,7 +43,7 @@ SETTLED = 1e-3
 """The gain of a step, as a share of J, from which it goes on there."""
 
 ONE = ((6, 5), (2, 20))
-"""How many starts of a family with one shape number are improved, by how many steps; then again."""
+"""How many starts of a family with one shape number, no two with the same, are improved, by how many steps; again."""
 
 CHOSEN = 12
 """Among how many the winners are chosen."""
@@ -94,7 +94,7 @@ def search_shapes(p: Problem, sides: tuple[Side, Side]) -> Found:
         other = Race(p, smooth, sides, COARSE)
         settled = _settle(race, _run(other, _begin(p, other), RACE), other)
         found = _run(race, _join(race, [found, settled]), SETTLE)
-    for seed in range(HOPS if smooth is None else 1):
+    for seed in range(HOPS if smooth is None else AFTER):
         hops = _run(race, _hop(race, _best(found, PLACES), seed), HOP)
         found = _join(race, [found, hops])
     dense = Race(p, p.family, sides, DENSE)
@@ -137,7 +137,7 @@ def _hop(race: Race, state: State, seed: int) -> State:
     """Hops of several sizes from these places."""
     count = HOP[0][0]
     rows = np.arange(count) % len(state.value)
-    size = np.array(SIZES)[np.arange(count) // len(state.value) % len(SIZES), None]
+    size = np.array(SIZES[seed % 2])[np.arange(count) // len(state.value) % len(SIZES[0]), None]
     frame, alpha = state.frame[rows], state.alpha[rows]
     origin = np.where(np.arange(alpha.shape[1]) < race.inner, 0.0, frame[:, :1])  # joints move about the location
     step = size * np.random.default_rng(seed).normal(size=alpha.shape)
