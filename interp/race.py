@@ -224,7 +224,9 @@ class Race:
             q, r = np.linalg.qr(np.concatenate([a, np.sqrt(damping[rows])[:, None, None] * np.eye(n)], axis=1))
             step = -np.linalg.solve(r + 1e-14 * np.eye(n), np.swapaxes(q[:, :n], 1, 2) @ b)
             expected = (b**2).sum(axis=(1, 2)) - ((a @ step + b) ** 2).sum(axis=(1, 2))
-            trial = self.evaluate(now.frame, now.alpha + step[..., 0] / scale[rows])
+            there = now.alpha + step[..., 0] / scale[rows]
+            there[:, self.inner :] = there[:, self.inner :].clip(*self.p.ends)
+            trial = self.evaluate(now.frame, there)
             gain = now.value - trial.value
             ratio = gain / np.maximum(expected, 1e-300)
             good = ratio > 1e-3
