@@ -138,6 +138,8 @@ class Separable(Family):
 
     centred = False
     """Whether z = 0 is a special point, so that shifting z changes the family; then the location is searched too."""
+    anywhere = False
+    """Whether z = 0 may lie anywhere in the core as well: then it lies where most inputs do: less rounding."""
 
     @abstractmethod
     def shape(self, degree: int) -> int:

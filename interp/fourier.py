@@ -28,6 +28,7 @@ class Fourier(Separable):
     cost = "1 sine, 1 cosine, 6n multiply-adds"
     reference = "arXiv:2502.01247, section 3"
     degrees = range(1, 17)
+    anywhere = True
 
     def size(self, degree: int) -> int:
         return 2 * degree + 2
@@ -153,9 +154,9 @@ class FreeFourier(Fourier):
 
     def starts(self, degree, z, w, f):
         multiples = [[k * frequency for k in range(1, degree + 1)] for frequency in (0.8, 0.5)]
-        halves = [[(k - 0.5) * frequency for k in range(1, degree + 1)] for frequency in (1.25, 1.0, 0.7)]
+        halves = [[(k - 0.5) * frequency for k in range(1, degree + 1)] for frequency in (1.45, 1.25, 1.0, 0.7)]
         # a frequency near zero makes a straight line, and lets the others lie between the multiples
-        lines = [[0.02, *((k + 0.55) * step for k in range(degree - 1))] for step in (1.35, 1.0, 0.7, 0.45)]
+        lines = [[0.02, *((k + 0.55) * step for k in range(degree - 1))] for step in (1.6, 1.35, 1.0, 0.7, 0.45)]
         return np.tile([*multiples, *halves, *lines], (len(z), 1, 1))
 
     def frequencies(self, shape, degree):

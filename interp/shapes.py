@@ -186,8 +186,9 @@ def _starts(p: Problem, race: Race) -> tuple[np.ndarray, np.ndarray]:
     x, w = race.nodes(ends)
     f, half = np.interp(x, p.x, p.f), (ends[:, 1:] - ends[:, :1]) / 2
     rest = np.concatenate([np.zeros((len(ends), int(family.centred))), ends[:, race.free]], axis=1)
+    middle = (w * x).sum(axis=1) / w.sum(axis=1) if family.anywhere else ends.mean(axis=1)
     for shift in shifts:
-        frame = np.concatenate([ends.mean(axis=1, keepdims=True) + shift * half, half / family.reach(p.degree)], axis=1)
+        frame = np.concatenate([middle[:, None] + shift * half, half / family.reach(p.degree)], axis=1)
         if p.tails == "none":
             frame[:] = p.domain.mean, p.domain.std
         shapes = family.starts(p.degree, (x - frame[:, :1]) / frame[:, 1:], w, f)
