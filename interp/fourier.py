@@ -40,7 +40,7 @@ class Fourier(Separable):
         return pi  # w = 1 is periodic on the core
 
     def starts(self, degree, z, w, f):
-        return np.tile([[0.8], [0.7], [0.6], [0.5], [0.3], [0.05]], (len(z), 1, 1))
+        return np.tile([[0.8], [0.7], [0.6], [0.5], [0.3], [0.15], [0.05]], (len(z), 1, 1))
 
     def frequencies(self, shape: np.ndarray, degree: int) -> np.ndarray:
         """The frequency of each harmonic, for shapes in rows."""
@@ -154,7 +154,11 @@ class FreeFourier(Fourier):
 
     def starts(self, degree, z, w, f):
         multiples = [[k * frequency for k in range(1, degree + 1)] for frequency in (0.8, 0.5)]
-        halves = [[(k - 0.5) * frequency for k in range(1, degree + 1)] for frequency in (1.45, 1.25, 1.0, 0.7)]
+        halves = [[(k - 0.5) * frequency for k in range(1, degree + 1)] for frequency in (1.25, 1.0, 0.7)]
+        # without a line the best frequencies lie ever further apart
+        halves += [
+            [(k - 0.5) * frequency * (1 + 0.05 * (k - 1)) for k in range(1, degree + 1)] for frequency in (1.25, 1.45)
+        ]
         # a frequency near zero makes a straight line, and lets the others lie between the multiples
         lines = [[0.02, *((k + 0.55) * step for k in range(degree - 1))] for step in (1.6, 1.35, 1.0, 0.7, 0.45)]
         return np.tile([*multiples, *halves, *lines], (len(z), 1, 1))

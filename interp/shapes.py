@@ -21,7 +21,10 @@ RADII = (1.5, 6.0)
 SHIFTS = (0.0, 0.4, 1.0, -0.4, -1.0)
 """Where z = 0 may lie in the core to start from, in half its length; one side will do where all is symmetric."""
 
-RACE = ((12, 6), (6, 10))
+BEST = 12
+"""How many starts are improved beside the best of each kind."""
+
+RACE = ((24, 6), (6, 10))
 """How many starts are improved, by how many steps; then fewer of them."""
 
 SETTLE = ((12, 10), (6, 10))
@@ -42,7 +45,7 @@ FEW = 48
 SETTLED = 1e-3
 """The gain of a step, as a share of J, from which it goes on there."""
 
-ONE = ((6, 5), (2, 20))
+ONE = ((7, 5), (2, 20))
 """How many starts of a family with one shape number, no two with the same, are improved, by how many steps; again."""
 
 CHOSEN = 12
@@ -113,13 +116,12 @@ def search_shapes(p: Problem, sides: tuple[Side, Side]) -> Found:
 
 def _begin(p: Problem, race: Race) -> State:
     """The best of the starts."""
-    frame, alpha = _starts(p, race)
+    frame, alpha, kind = _starts(p, race)
     value = race.values(frame, alpha)
     rows = _valleys(value)
-    if race.shapes == 1:  # the best with each shape, whatever the joints
-        _, first = np.unique(alpha[rows, 0], return_index=True)
-        rows = rows[np.sort(first)]
-    rows = rows[: RACE[0][0]]
+    _, first = np.unique(kind[rows], return_index=True)  # the best of each kind, whatever the joints
+    most = 0 if race.shapes == 1 else BEST
+    rows = rows[np.union1d(first, np.arange(min(most, len(rows))))]
     return race.evaluate(frame[rows], alpha[rows])
 
 
@@ -172,15 +174,19 @@ def _found(race: Race, state: State) -> Found:
     p, family, alpha = race.p, race.family, state.alpha[0]
     lo, hi = race.joints(alpha[None])[0].tolist() if p.tails == "linear" else (-np.inf, np.inf)
     location, scale = state.frame[0]
+    if family.anywhere:
+        places = np.float32([location, *(np.linspace(lo, hi, 9) if p.tails == "linear" else [])]).astype(float)
+        frames = np.stack([places, np.full_like(places, scale)], axis=1)
+        location = places[race.values(frames, np.tile(alpha, (len(places), 1))).argmin()]
     if family.centred:
         location = location + scale * alpha[race.shapes]
     location, scale = (float(np.float32(v)) for v in (location, scale))  # the module keeps them so
     return Found(alpha[: race.shapes].tolist(), lo, hi, location, scale, race.rounding)
 
 
-def _starts(p: Problem, race: Race) -> tuple[np.ndarray, np.ndarray]:
-    """Frame and alpha of each start."""
-    family, frames, alphas = race.family, [], []
+def _starts(p: Problem, race: Race) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Frame, alpha and kind of each start."""
+    family, frames, alphas, kinds = race.family, [], [], []
     shifts = (SHIFTS[:3] if p.is_symmetric() else SHIFTS) if family.centred else (0.0,)
     ends = np.array(_joints(p, race.sides), dtype=float)
     x, w = race.nodes(ends)
@@ -194,8 +200,9 @@ def _starts(p: Problem, race: Race) -> tuple[np.ndarray, np.ndarray]:
         shapes = family.starts(p.degree, (x - frame[:, :1]) / frame[:, 1:], w, f)
         n = shapes.shape[1]
         frames.append(np.repeat(frame, n, axis=0))
+        kinds.append(np.tile(np.arange(n), len(ends)))
         alphas.append(np.concatenate([shapes.reshape(len(ends) * n, -1), np.repeat(rest, n, axis=0)], axis=1))
-    return np.concatenate(frames).astype(np.float32).astype(float), np.concatenate(alphas)
+    return np.concatenate(frames).astype(np.float32).astype(float), np.concatenate(alphas), np.concatenate(kinds)
 
 
 def _joints(p: Problem, sides: tuple[Side, Side]) -> list[tuple[float, float]]:
