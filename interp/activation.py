@@ -11,9 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
-from functools import lru_cache
 from math import inf
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -85,6 +84,7 @@ class Activation(nn.Module):
         self.derivative_weight: float | None = None
         self.bypass = False
         self.awaiting = False  # rebuilt on the meta device: its tensors must come from a file
+        self._rest: Rest | None = None
         self._original = [original]  # in a list: not a child, so that it is in no state dict
         n = self.family.size(degree)
         self.theta = nn.Parameter(torch.zeros(n if groups is None else (groups, n), dtype=torch.float32))
@@ -211,12 +211,18 @@ class Activation(nn.Module):
         """
         if self.theta.device.type != "cpu" or curve.is_whole(self.theta):
             return self._numbers(self.theta).to(dtype), self._frame().to(dtype)
-        joints = Joints.of(self)
+        rest = self._rest_now()
         if torch.is_grad_enabled() and self.theta.requires_grad:
-            numbers = Numbers.apply(self.theta, self, joints)
-        else:
-            numbers = torch.from_numpy(joints.numbers(self))
-        return numbers.to(dtype), joints.frame(dtype)
+            return Numbers.apply(self.theta, self, rest, dtype), rest.frame(dtype)
+        return torch.from_numpy(rest.numbers(self.theta)).to(dtype), rest.frame(dtype)
+
+    def _rest_now(self) -> Rest:
+        """Made again when a tensor has changed, by whatever means: its content is compared, not its version."""
+        joints = torch.stack((self.lo, self.hi, self.location, self.scale))
+        content = torch.cat((self.start, self.transform.flatten(), self.jumps, joints)).numpy()
+        if self._rest is None or self._rest.content != content.tobytes():
+            self._rest = Rest(self, content)
+        return self._rest
 
     def _numbers(self, theta: Tensor) -> Tensor:
         wide = torch.float64
@@ -262,81 +268,80 @@ def _times(matrix: Tensor, vectors: Tensor) -> Tensor:
     return (matrix * vectors.unsqueeze(-2)).sum(-1)
 
 
-class Joints(NamedTuple):
-    """How the numbers follow from theta on a CPU: by numpy, whose operations on so few take a fraction of the time."""
+class Rest:
+    """All tensors of an activation on a CPU but theta, and how its numbers follow from theta.
 
-    tails: bool
-    lo: float
-    hi: float
-    location: float
-    scale: float
+    By numpy, whose operations on so few numbers take a fraction of the time of torch's.
+    """
 
-    @classmethod
-    def of(cls, act: Activation) -> Joints:
-        held = (act.lo, act.hi, act.location, act.scale)
-        return cls(act.tails != "none", *(tensor.item() for tensor in held))
-
-    def frame(self, dtype: torch.dtype) -> Tensor:
-        ends = (self.lo, self.hi) if self.tails else (-inf, inf)
-        return torch.tensor([*ends, 1 / self.scale, -self.location / self.scale], dtype=dtype)
+    def __init__(self, act: Activation, content: np.ndarray):
+        n, self.family, self.tails = act.start.numel(), act.family, act.tails != "none"
+        self.content = content.tobytes()
+        start, transform, jumps, joints = np.split(content.astype(np.float64), [n, n + n * n, n + n * n + 2])
+        self.start, self.transform, self.jumps = start, transform.reshape(n, n), jumps * (-1.0, 1.0)
+        lo, hi, self.location, self.scale = joints.tolist()
+        self.ends = np.array([lo, hi])
+        self.matrix = None
+        if isinstance(act.family, Linear):
+            conversion, slopes = act.family.conversion(act.degree), np.zeros((2, n))
+            if self.tails:
+                at = act.family.slopes(self.at(), act.degree)
+                slopes = np.stack(at, axis=-1) / self.scale * ((-1.0,), (1.0,))
+            matrix = np.concatenate([np.eye(n) if conversion is None else conversion, slopes])
+            self.level, self.matrix = matrix @ start, matrix @ self.transform
+            self.level[-2:] += self.jumps * self.tails
+        self.frames: dict[torch.dtype, Tensor] = {}
 
     def at(self) -> np.ndarray:
-        return (np.array([self.lo, self.hi]) - self.location) / self.scale
+        return (self.ends - self.location) / self.scale
 
-    def numbers(self, act: Activation) -> np.ndarray:
+    def frame(self, dtype: torch.dtype) -> Tensor:
+        if dtype not in self.frames:
+            ends = self.ends if self.tails else (-inf, inf)
+            self.frames[dtype] = torch.tensor([*ends, 1 / self.scale, -self.location / self.scale], dtype=dtype)
+        return self.frames[dtype]
+
+    def numbers(self, theta: Tensor) -> np.ndarray:
         """What `Activation._numbers` computes."""
-        w, start, theta = _numpy(act.transform), _numpy(act.start), _numpy(act.theta)
-        if isinstance(act.family, Linear):
-            matrix = _matrix(act.family, act.degree, self)
-            level = matrix @ start
-            level[-2:] += _numpy(act.jumps) * (-1.0, 1.0) if self.tails else 0.0
-            return theta @ (matrix @ w).T + level
-        a = start + theta @ w.T
+        if self.matrix is not None:
+            return _numpy(theta) @ self.matrix.T + self.level
+        a = self.start + _numpy(theta) @ self.transform.T
         numbers = np.zeros((*a.shape[:-1], a.shape[-1] + 2))
         numbers[..., :-2] = a
         if self.tails:
-            slopes = act.family.slope(_unbound(a), self.at()) / self.scale
-            numbers[..., -2:] = (slopes + _numpy(act.jumps)) * (-1.0, 1.0)
+            slopes = self.family.slope(_unbound(a), self.at()) / self.scale
+            numbers[..., -2:] = slopes * (-1.0, 1.0) + self.jumps
         return numbers
 
-    def gradient(self, act: Activation, theta: Tensor, by: np.ndarray) -> np.ndarray:
+    def gradient(self, theta: Tensor, by: np.ndarray) -> np.ndarray:
         """The derivative by theta of the sum of the numbers weighted with `by`."""
-        w = _numpy(act.transform)
-        if isinstance(act.family, Linear):
-            return by @ (_matrix(act.family, act.degree, self) @ w)
+        if self.matrix is not None:
+            return by @ self.matrix
         found = by[..., :-2]
         if self.tails:
-            a = _numpy(act.start) + _numpy(theta) @ w.T
+            a = self.start + _numpy(theta) @ self.transform.T
             turned = by[..., -2:] * (-1.0, 1.0)
-            each = act.family.jacobian(_unbound(a), self.at())[1]
+            each = self.family.jacobian(_unbound(a), self.at())[1]
             found = found + np.stack([(part * turned).sum(-1) for part in each], -1) / self.scale
-        return found @ w
+        return found @ self.transform
 
 
 class Numbers(torch.autograd.Function):
-    """`Joints.numbers` with its derivative; without `setup_context`, which takes as long again."""
+    """`Rest.numbers` with its derivative; without `setup_context`, which takes as long again."""
 
     @staticmethod
-    def forward(ctx: Any, theta: Tensor, act: Activation, joints: Joints) -> Tensor:
+    def forward(ctx: Any, theta: Tensor, act: Activation, rest: Rest, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(theta)
-        ctx.how = act, joints
-        return torch.from_numpy(joints.numbers(act))
+        ctx.how = act, rest, dtype
+        return torch.from_numpy(rest.numbers(theta)).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (theta,), (act, joints), (grad,) = ctx.saved_tensors, ctx.how, grads
+        (theta,), (act, rest, dtype), (grad,) = ctx.saved_tensors, ctx.how, grads
         if torch.is_grad_enabled():  # gradients of the gradients are wanted
-            return *torch.autograd.grad(act._numbers(theta), theta, grad, create_graph=True), None, None
-        return torch.from_numpy(joints.gradient(act, theta, grad.numpy())).to(theta.dtype), None, None
-
-
-@lru_cache(maxsize=256)
-def _matrix(family: Linear, degree: int, joints: Joints) -> np.ndarray:
-    """From the coefficients to the numbers: (numbers, n + 1)."""
-    conversion, ends = family.conversion(degree), np.zeros((2, degree + 1))
-    if joints.tails:
-        ends = np.stack(family.slopes(joints.at(), degree), axis=-1) / joints.scale * ((-1.0,), (1.0,))
-    return np.concatenate([np.eye(degree + 1) if conversion is None else conversion, ends])
+            numbers = act._numbers(theta).to(dtype)
+            return *torch.autograd.grad(numbers, theta, grad, create_graph=True), None, None, None
+        return torch.from_numpy(rest.gradient(theta, _numpy(grad))).to(theta.dtype), None, None, None
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

@@ -2,7 +2,7 @@ r"""An activation as a function of its input and its numbers, with a backward pa
 
 $$F(x) = S(x_c) + l \max(lo - x, 0) + r \max(x - hi, 0), \quad x_c = \mathrm{clip}(x, lo, hi)$$
 
-`value`, `slope` and `parts` are the formulas, written once for every family. `Curve` runs them over blocks that stay in
+`value` and `derivatives` are the formulas, written once for every family. `Curve` runs them over blocks that stay in
 the cache, or as one kernel for each direction (see `engine`). The derivatives by the numbers are sums over the input,
 taken in the same pass: in float32 or better within some thousand values, then over these sums.
 """
@@ -22,16 +22,22 @@ from .layout import Layout, blocks
 
 
 class Frame(NamedTuple):
-    """Joints and standardised variable z = unit x + offset."""
+    """Joints and standardised variable z = unit x + offset: tensors, or plain numbers on the eager path of a CPU."""
 
-    lo: Tensor
-    hi: Tensor
-    unit: Tensor
-    offset: Tensor
+    lo: Any
+    hi: Any
+    unit: Any
+    offset: Any
 
 
 def standardised(x: Tensor, frame: Frame) -> tuple[Tensor, Tensor, Tensor]:
-    """How far x is below lo and above hi, and z at x_c: by subtraction, which is exact between the joints and fast."""
+    """How far x is below lo and above hi, and z at x_c."""
+    if isinstance(frame.lo, float):  # as few passes over the block as there can be
+        inside = x.clamp(frame.lo, frame.hi)
+        beyond = x - inside
+        above = beyond.relu()
+        return torch.sub(above, beyond, out=beyond), above, inside.mul_(frame.unit).add_(frame.offset)
+    # by subtraction, which is exact between the joints, and needs no check for NaN
     below, above = torch.relu(frame.lo - x), torch.relu(x - frame.hi)
     return below, above, fma(x - above + below, frame.unit, frame.offset)
 
@@ -40,21 +46,35 @@ def value(family: Family, x: Tensor, numbers: list[Tensor], frame: Frame) -> Ten
     """F at x. `numbers` are those of the core, as `Family.value` takes them, and l and r."""
     *core, left, right = numbers
     below, above, z = standardised(x, frame)
-    return fma(above, right, fma(below, left, family.value(core, z)))
+    core_value = family.value(core, z)
+    core_value = fma(below, left, core_value, over=core_value)
+    return fma(above, right, core_value, over=core_value)
 
 
-def slope(family: Family, x: Tensor, numbers: list[Tensor], frame: Frame) -> Tensor:
-    """F' at x; at a joint it is the core's."""
+def derivatives(
+    family: Family, x: Tensor, numbers: list[Tensor], frame: Frame, by_numbers: bool, steps: list[Tensor] | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """F' at x, at a joint the core's; and the derivatives of F by the first numbers of the core, and by l and r.
+
+    By any other numbers of the core they are zero. `steps` are those of F' at the joints, where they are known.
+    """
     *core, left, right = numbers
     below, above, z = standardised(x, frame)
-    inside = family.value_slope(core, z) * frame.unit
-    return torch.where(above > 0, right, torch.where(below > 0, -left, inside))
+    slope = family.value_slope(core, z) * frame.unit
+    if steps is not None:  # `where` takes as long as ten other operations
+        slope = fma(above.sign(), steps[1], slope, over=slope)
+        slope = fma(below.sign(), steps[0], slope, over=slope)
+    else:
+        slope = torch.where(above > 0, right, torch.where(below > 0, -left, slope))
+    return slope, [*family.value_parts(core, z), below, above] if by_numbers else []
 
 
-def parts(family: Family, x: Tensor, numbers: list[Tensor], frame: Frame) -> list[Tensor]:
-    """The derivatives of F by the first numbers of the core (by any others they are zero), and by l and r."""
-    below, above, z = standardised(x, frame)
-    return [*family.value_parts(numbers[:-2], z), below, above]
+def steps(family: Family, numbers: list[Tensor], frame: Frame) -> list[Tensor]:
+    """How far the slope of the tails is from the core's at lo and hi; zero where there are no joints."""
+    *core, left, right = numbers
+    at = [core[0].new_tensor(end * frame.unit + frame.offset) for end in (frame.lo, frame.hi)]
+    inside = [family.value_slope(core, z) * frame.unit for z in at]
+    return [(tail - slope).nan_to_num(0.0) for tail, slope in zip((-left, right), inside, strict=True)]
 
 
 def plain(x: Tensor, numbers: Tensor, frame: Tensor, family: Family, groups: int | None, channel: int | None) -> Tensor:
@@ -96,38 +116,59 @@ class Curve(torch.autograd.Function):
         steep = layout.flat(grad)
         flat, sums = run(family, layout, layout.flat(x), steep, layout.spread(numbers), frame, by_numbers)
         by_x = layout.restore(flat) if by_x else None
-        whole = torch.zeros_like(numbers) if by_numbers else None
-        if whole is not None and sums is not None:
+        whole = torch.zeros_like(numbers) if by_numbers and sums is None else None
+        if sums is not None:  # by any numbers between the first and the last two they are zero
             sums = layout.gather(sums)
-            whole[..., : sums.shape[-1] - 2], whole[..., -2:] = sums[..., :-2], sums[..., -2:]
+            core, tails = sums.split((sums.shape[-1] - 2, 2), dim=-1)
+            between = numbers.shape[-1] - sums.shape[-1]
+            whole = torch.cat([core, core.new_zeros(*core.shape[:-1], between), tails], dim=-1)
         return by_x, whole, None, None, None, None
 
 
+@torch.inference_mode()
 def _values(family: Family, layout: Layout, flat: Tensor, spread: Tensor, frame: Tensor) -> Tensor:
-    out = torch.empty_like(flat)
-    source, into, joints = layout.columns(flat), layout.columns(out), Frame(*frame.unbind())
-    for block in blocks(source):
-        numbers = list(spread[:, block[1]].unbind())
-        into[block] = value(family, source[block].to(spread.dtype), numbers, joints)
+    with torch.inference_mode(False):
+        out = torch.empty_like(flat)
+    source, into, joints = layout.columns(flat), layout.columns(out), _eager_frame(frame)
+    for columns, column_blocks in blocks(source):
+        numbers = _numbers(spread, columns)
+        for block in column_blocks:
+            into[block] = value(family, source[block].to(spread.dtype), numbers, joints)
     return out
 
 
+@torch.inference_mode()
 def _gradients(
     family: Family, layout: Layout, flat: Tensor, steep: Tensor, spread: Tensor, frame: Tensor, by_numbers: bool
 ) -> tuple[Tensor, Tensor | None]:
-    out, sums = torch.empty_like(flat), None
+    with torch.inference_mode(False):
+        out, sums = torch.empty_like(flat), None
     source, steeps, into = layout.columns(flat), layout.columns(steep), layout.columns(out)
-    joints = Frame(*frame.unbind())
-    for block in blocks(source):
-        x, grad = source[block].to(spread.dtype), steeps[block].to(spread.dtype)
-        numbers = list(spread[:, block[1]].unbind())
-        into[block] = slope(family, x, numbers, joints).mul_(grad)
-        if by_numbers:
-            found = [_total(part, grad, layout) for part in parts(family, x, numbers, joints)]
-            if sums is None:
-                sums = spread.new_zeros(len(found), spread.shape[1])
-            sums[:, block[1]] += torch.stack(found)
+    joints = _eager_frame(frame)
+    for columns, column_blocks in blocks(source):
+        numbers = _numbers(spread, columns)
+        jumps = steps(family, numbers, joints) if isinstance(joints.lo, float) else None
+        for block in column_blocks:
+            x, grad = source[block].to(spread.dtype), steeps[block].to(spread.dtype)
+            slope, parts = derivatives(family, x, numbers, joints, by_numbers, jumps)
+            torch.mul(slope, grad, out=slope)
+            into[block] = slope
+            if by_numbers:
+                found = torch.stack([_total(part, grad, layout) for part in parts])
+                if sums is None:
+                    with torch.inference_mode(False):
+                        sums = spread.new_zeros(len(found), spread.shape[1])
+                sums[:, columns] += found
     return out, sums
+
+
+def _eager_frame(frame: Tensor) -> Frame:
+    return Frame(*(frame.tolist() if frame.device.type == "cpu" else frame.unbind()))
+
+
+def _numbers(spread: Tensor, columns: slice) -> list[Tensor]:
+    """Without axes where there is one of each: operations with a single number are fast, with a tensor of one not."""
+    return list((spread.view(-1) if spread.shape[1] == 1 else spread[:, columns]).unbind())
 
 
 def _total(part: Tensor, grad: Tensor, layout: Layout) -> Tensor:
@@ -139,53 +180,59 @@ def _total(part: Tensor, grad: Tensor, layout: Layout) -> Tensor:
 def _values_by_kernel(family: Family, layout: Layout, flat: Tensor, spread: Tensor, frame: Tensor) -> Tensor:
     end, rows = layout.whole(len(flat)), layout.kind == "channel"
 
-    def run(x: Tensor, numbers: Tensor, frame: Tensor) -> Tensor:
+    def run(x: Tensor, numbers: Tensor, frame: Tensor) -> tuple[Tensor, ...]:
         each, joints = list(numbers.unbind()), Frame(*frame.unbind())
 
         def of(x: Tensor) -> Tensor:
             return value(family, x.to(numbers.dtype), each, joints).to(x.dtype)
 
-        return torch.stack([of(row) for row in x.unbind(1)], dim=1) if rows else of(x)
+        return (torch.stack([of(row) for row in x.unbind(1)], dim=1) if rows else of(x),)
 
-    found = _kernel(run, "values", family, layout, [flat[:end]], spread, frame) if end else None
+    whole = flat if end == len(flat) else flat[:end]
+    found = _kernel(run, "values", family, layout, [whole], spread, frame) if end else None
     if found is None:
         return _values(family, layout, flat, spread, frame)
-    out = found(layout.tiles(flat[:end]), layout.held(spread), frame).view(-1)
+    (out,) = found(layout.tiles(whole), layout.held(spread), frame)
+    out = out.view(-1)
     return out if end == len(flat) else torch.cat([out, _values(family, layout, flat[end:], spread, frame)])
 
 
 def _gradients_by_kernel(
     family: Family, layout: Layout, flat: Tensor, steep: Tensor, spread: Tensor, frame: Tensor, by_numbers: bool
 ) -> tuple[Tensor, Tensor | None]:
-    end, rows = layout.whole(len(flat)), layout.kind == "channel"
+    end, rows, columns = layout.whole(len(flat)), layout.kind == "channel", spread.shape[1]
 
     def run(x: Tensor, grad: Tensor, numbers: Tensor, frame: Tensor, units: Tensor) -> tuple[Tensor, ...]:
         each, joints = list(numbers.unbind()), Frame(*frame.unbind())._replace(unit=units)
 
         def of(x: Tensor, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
             wide, grad = x.to(numbers.dtype), grad.to(numbers.dtype)
-            out = (slope(family, wide, each, joints) * grad).to(x.dtype)
-            return out, [part * grad for part in parts(family, wide, each, joints)] if by_numbers else []
+            slope, parts = derivatives(family, wide, each, joints, by_numbers)
+            return (slope * grad).to(x.dtype), [part * grad for part in parts]
 
         if not rows:
             out, found = of(x, grad)
-            return out, *(part.sum(-1) for part in found)
+            return out, *total([part.sum(-1) for part in found])
         outs, sums = [], []
         for row, steep in zip(x.unbind(1), grad.unbind(1), strict=True):
             out, found = of(row, steep)
             outs.append(out)
             sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
-        return torch.stack(outs, dim=1), *sums
+        return torch.stack(outs, dim=1), *total(sums)
+
+    def total(sums: list[Tensor]) -> list[Tensor]:
+        """Over the tiles: (parts, columns)."""
+        each = [part.view(-1, columns).sum(0) for part in sums]
+        return [torch.stack(each)] if each else []
 
     key = f"gradients {by_numbers}"
-    found = _kernel(run, key, family, layout, [flat[:end], steep[:end]], spread, frame, units=True) if end else None
+    wholes = [flat, steep] if end == len(flat) else [flat[:end], steep[:end]]
+    found = _kernel(run, key, family, layout, wholes, spread, frame, units=True) if end else None
     if found is None:
         return _gradients(family, layout, flat, steep, spread, frame, by_numbers)
-    views = layout.tiles(flat[:end]), layout.tiles(steep[:end])
+    views = [layout.tiles(whole) for whole in wholes]
     out, *each = found(*views, layout.held(spread), frame, _units(frame, len(views[0])))
-    out, sums = out.view(-1), None
-    if each:
-        sums = torch.stack([part.view(-1, spread.shape[1]).sum(0) for part in each])
+    out, sums = out.view(-1), each[0] if each else None
     if end < len(flat):
         rest, more = _gradients(family, layout, flat[end:], steep[end:], spread, frame, by_numbers)
         out, sums = torch.cat([out, rest]), None if sums is None or more is None else sums + more

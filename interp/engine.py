@@ -12,6 +12,7 @@ import types
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class _State:
     """Why kernels cannot be made here; empty while they can."""
 
 
-_kernels: dict[Hashable, Callable[..., Tensor | tuple[Tensor, ...]]] = {}
+_kernels: dict[Hashable, Callable[..., Sequence[Tensor]]] = {}
 
 
 def set_path(path: str) -> None:
@@ -88,12 +89,12 @@ def describe() -> str:
 
 def kernel(
     key: Hashable, function: Callable, example: Callable[[], Sequence[tuple[Tensor, tuple[int, ...]]]]
-) -> Callable[..., Tensor | tuple[Tensor, ...]] | None:
-    """The kernel of `function`, made once for each `key`; None where kernels cannot be made.
+) -> Callable[..., Sequence[Tensor]] | None:
+    """The kernel of `function`, which returns a tuple, made once for each `key`; None where kernels cannot be made.
 
-    `example` gives arguments with their sizes that vary. A key stands for everything else that the kernel depends on,
-    so that on a CPU no guard is checked in a call: they take as long as 10,000 values. An example whose sizes differ
-    keeps two of them from being taken for the same.
+    `example` gives arguments with their axes that vary, all by the one size that is the first argument's first. A key
+    stands for everything else that the kernel depends on: what the compiler made is called as it is, without the checks
+    of `torch.compile`, which take as long as 100,000 values.
     """
     if key in _kernels:
         return _kernels[key]
@@ -102,22 +103,36 @@ def kernel(
     # a code object of its own: the compiler counts recompilations by code object
     code = function.__code__.replace(co_name=f"orthoact_{len(_kernels)}")
     own = types.FunctionType(code, function.__globals__, code.co_name, None, function.__closure__)
-    arguments = example()
-    options: dict = dict(OPTIONS)
-    if arguments[0][0].device.type == "cpu" and hasattr(torch.compiler, "skip_all_guards_unsafe"):
-        options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
-    made = torch.compile(own, fullgraph=True, dynamic=False, options=options)
+    from torch._inductor.config import patch
+
+    made: list[Callable[..., Sequence[Tensor]]] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
+        with patch(OPTIONS):
+            compiled: Callable[..., Sequence[Tensor]] = torch._dynamo.lookup_backend("inductor")(graph, inputs)
+        names = [node.target for node in graph.graph.nodes if node.op == "placeholder"]
+        order = [places.get(name) for name in names]
+
+        def run(*arguments: Tensor) -> Sequence[Tensor]:
+            size: Any = arguments[0].shape[0]
+            return compiled(*(size if place is None else arguments[place] for place in order))
+
+        made.append(run)
+        return compiled
+
+    places = {f"L_{name}_": place for place, name in enumerate(code.co_varnames[: code.co_argcount])}
     try:
         with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            arguments = example()
             for tensor, sizes in arguments:
                 for size in sizes:
                     torch._dynamo.mark_dynamic(tensor, size)
-            made(*(tensor for tensor, _ in arguments))
+            torch.compile(own, fullgraph=True, dynamic=False, backend=keep)(*(tensor for tensor, _ in arguments))
+        (_kernels[key],) = made
     except Exception as error:  # no compiler, a read-only cache, a torch without it: the eager path always works
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         _State.broken = f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
         warnings.warn(f"torch.compile failed, so activations are computed eagerly: {_State.broken}", stacklevel=2)
         return None
-    _kernels[key] = made
-    return made
+    return _kernels[key]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._C import _are_functorch_transforms_active as _are_transforms_active
 
 from .variance import Moments, moments
 
@@ -17,9 +18,17 @@ TAILS = ("linear", "none")
 """How a core is continued beyond its joints."""
 
 
-def fma(a: Array, b: Array, c: Array) -> Array:
-    """The sum a b + c, for tensors in one operation."""
-    return torch.addcmul(c, a, b) if torch.is_tensor(c) and torch.is_tensor(a) and torch.is_tensor(b) else a * b + c
+def fma(a: Array, b: Array, c: Array, over: Array = None) -> Array:
+    """The sum a b + c, for tensors in one operation.
+
+    `over` is the one of them that is not needed any more: its place is taken where it is the eager path's own, which
+    makes its tensors in inference mode.
+    """
+    if not (torch.is_tensor(c) and torch.is_tensor(a) and torch.is_tensor(b)):
+        return a * b + c
+    if over is None or torch.compiler.is_compiling() or not over.is_inference() or _are_transforms_active():
+        return torch.addcmul(c, a, b)
+    return torch.addcmul(c, a, b, out=over)
 
 
 class Family(ABC):

@@ -33,10 +33,11 @@ def _evaluate(numbers: list[Array], z: Array, shifts: list[float]) -> Array:
     if shifts and len(numbers) > 1:
         half = z * z - shifts[0]
         even, odd = (_evaluate(numbers[i::2], half, shifts[1:]) for i in (0, 1))
-        return fma(z, odd, even)
-    value = numbers[-1] + z * 0 if len(numbers) == 1 else fma(z, numbers[-1], numbers[-2])
+        return fma(z, odd, even, over=even)
+    # two numbers and a tensor: not in one operation, which is slow where two of three have a single value
+    value = numbers[-1] + z * 0 if len(numbers) == 1 else z * numbers[-1] + numbers[-2]
     for number in reversed(numbers[:-2]):
-        value = fma(value, z, number)
+        value = fma(value, z, number, over=value)
     return value
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from math import prod
 
 import torch
 from torch import Tensor
 
-BLOCK = 2**15
+BLOCK = 2**16
 """Values of a block of the eager path, for each thread: some blocks fit the cache of a core."""
 
 ROW = 4096
@@ -32,29 +33,29 @@ class Layout:
     channels: int
     inner: int
 
-    @classmethod
-    def of(cls, x: Tensor, groups: int | None, channel: int | None) -> Layout:
-        order = tuple(sorted(range(x.dim()), key=lambda axis: -x.stride(axis)))
-        if not x.permute(order).is_contiguous():
-            order = tuple(range(x.dim()))
-        shape = tuple(x.shape[axis] for axis in order)
-        if groups is None or channel is None:
-            return cls(order, shape, None, 1, 1, prod(shape))
-        at = order.index(channel % x.dim())
-        return cls(order, shape, groups, prod(shape[:at]), shape[at], prod(shape[at + 1 :]))
+    @staticmethod
+    def of(x: Tensor, groups: int | None, channel: int | None) -> Layout:
+        return _layout(tuple(x.shape), x.stride(), groups, channel)
 
-    @property
+    @cached_property
     def kind(self) -> str:
         """`one` set of numbers; numbers for each `channel`, which is the last axis in memory; or for each `group`."""
         return "one" if self.groups is None else "channel" if self.inner == 1 else "group"
 
     def flat(self, x: Tensor) -> Tensor:
-        """The values in the order in which they lie in memory: no copy where they are dense."""
-        return x.permute(self.order).reshape(-1)
+        """The values in the order in which they lie in memory; a copy where they are not dense."""
+        return (x if self.inverse is None else x.permute(self.order)).reshape(-1).contiguous()
 
     def restore(self, flat: Tensor) -> Tensor:
         """The tensor of the values `flat`."""
-        return flat.view(self.shape).permute(sorted(range(len(self.order)), key=self.order.__getitem__))
+        back = flat.view(self.shape)
+        return back if self.inverse is None else back.permute(self.inverse)
+
+    @cached_property
+    def inverse(self) -> list[int] | None:
+        """The axes in their own order; None where they are so."""
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return None if inverse == list(self.order) == list(range(len(inverse))) else inverse
 
     def spread(self, numbers: Tensor) -> Tensor:
         """Numbers (n,) or (groups, n) as (n, columns, 1), which broadcast with `columns`."""
@@ -98,14 +99,34 @@ class Layout:
         return spread.squeeze(-1) if self.kind == "channel" else spread.repeat(1, self.outer, 1)
 
 
-def blocks(view: torch.Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Slices that cover a view (outer, columns, inner), of about BLOCK values a thread; on a GPU, of far more."""
+@lru_cache(maxsize=1024)
+def _layout(shape: tuple[int, ...], strides: tuple[int, ...], groups: int | None, channel: int | None) -> Layout:
+    order = sorted(range(len(shape)), key=lambda axis: -strides[axis])
+    dense, step = True, 1
+    for axis in reversed(order):
+        dense &= shape[axis] == 1 or strides[axis] == step
+        step *= shape[axis]
+    if not dense:
+        order = list(range(len(shape)))
+    sizes = tuple(shape[axis] for axis in order)
+    if groups is None or channel is None:
+        return Layout(tuple(order), sizes, None, 1, 1, prod(sizes))
+    at = order.index(channel % len(shape))
+    return Layout(tuple(order), sizes, groups, prod(sizes[:at]), sizes[at], prod(sizes[at + 1 :]))
+
+
+def blocks(view: torch.Tensor) -> Iterator[tuple[slice, list[tuple[slice, slice, slice]]]]:
+    """Slices that cover a view (outer, columns, inner), of about BLOCK values a thread, by the columns that they take.
+
+    On a GPU, of far more values.
+    """
     shape, steps = view.shape, []
     room = BLOCK * torch.get_num_threads() if view.device.type == "cpu" else 2**24
     for size in reversed(shape):
         steps.insert(0, max(1, min(size, room)))
         room = room // max(size, 1) if size <= room else 1
-    for i in range(0, shape[0], steps[0]):
-        for j in range(0, shape[1], steps[1]):
-            for k in range(0, shape[2], steps[2]):
-                yield slice(i, i + steps[0]), slice(j, j + steps[1]), slice(k, k + steps[2])
+    outer, columns, inner = (
+        [slice(i, i + step) for i in range(0, size, step)] for size, step in zip(shape, steps, strict=True)
+    )
+    for column in columns:
+        yield column, [(i, column, k) for i in outer for k in inner]

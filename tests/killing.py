@@ -6,6 +6,7 @@ by itself; or, for a push, which the Hub kills at its n-th request.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import random
@@ -20,9 +21,17 @@ from pathlib import Path
 EVENTS = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.copyfile", "shutil.rmtree", "ctypes.dlsym"}
 
 
+def fork() -> int:
+    """A fork that says where it hangs, if it does."""
+    pid = os.fork()
+    if not pid:
+        faulthandler.dump_traceback_later(120, exit=True)
+    return pid
+
+
 def forked(job: Callable[[], None], at: int | None) -> bool:
     """Run `job` in a fork that is killed before its operation `at`; whether it was."""
-    pid = os.fork()
+    pid = fork()
     if not pid:
         count = [0]
 
@@ -48,7 +57,7 @@ def forked(job: Callable[[], None], at: int | None) -> bool:
 
 def at_random(job: Callable[[], None], seconds: float) -> bool:
     """The same, killed after a time."""
-    pid = os.fork()
+    pid = fork()
     if not pid:
         job()
         os._exit(0)
@@ -153,7 +162,7 @@ def pushing(root: Path) -> dict:
         def pushed(degree: int, at: int | None) -> bool:
             """Push in a fork that the Hub kills at its request `at`."""
             seen = len(hub.log)
-            pid = os.fork()
+            pid = fork()
             if not pid:
                 push(root / f"out{degree}", "tester/m", wait=0.01)
                 os._exit(0)
@@ -192,7 +201,12 @@ def pushing(root: Path) -> dict:
 if __name__ == "__main__":
     import warnings
 
+    from tqdm import tqdm
+
     warnings.simplefilter("ignore")
+    # the lock of progress bars is one for all forks: who is killed while he holds it would stop the others for ever
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0
     sys.path.insert(0, str(Path(__file__).parent))
     job, folder = sys.argv[1], Path(sys.argv[2])
     folder.mkdir(exist_ok=True)
