@@ -15,7 +15,12 @@ from numpy.polynomial import hermite_e
 import orthoact
 from orthoact.cli import main
 from orthoact.interp import FAMILIES, Activation, Family, OrthoactError, fit, get_family
+from orthoact.interp.domains import Gaussian
 from orthoact.interp.family import Linear, Piecewise, Separable
+from orthoact.interp.problem import Problem
+from orthoact.interp.race import Race
+from orthoact.interp.shapes import _starts
+from orthoact.interp.targets import get_target
 from orthoact.interp.variance import balance
 
 # He_0 .. He_9, lowest power first
@@ -285,6 +290,36 @@ def test_a_quotient_without_a_pole_is_a_rational(degree):
         got = 1 + np.abs(np.polynomial.polynomial.polyval((x - location) / scale, [0.0, *new]))
         assert got.min() >= 1 and np.abs((x - location) / scale).max() <= 1 + 1e-6
         close(got / got.mean(), d / d.mean(), 1e-5 * (d / d.mean()).max())
+
+
+@pytest.mark.parametrize("degree", [3, 8])
+def test_a_core_ends_where_a_denominator_turns(degree):
+    """Seen from a place where D is not the least the copy holds up to where D is as small again."""
+    family, d = get_family("rational"), np.polynomial.Polynomial([1.0, 0.0, -0.9])  # most in the middle
+    shape = np.pad(d.coef[1:], (0, degree - len(d.coef)))
+    found = family.settle(shape.tolist(), 0.0, 1.0, -1.0, 0.5)
+    assert len(found) == 3
+    for new, location, scale, lo, hi in found:
+        x = np.linspace(lo, hi, 200)
+        got = 1 + np.abs(np.polynomial.polynomial.polyval((x - location) / scale, [0.0, *new]))
+        close(got / got[0], d(x) / d(x)[0], 1e-2)
+    assert max(hi - lo for *_, lo, hi in found) == 1.5
+
+
+@over(Separable)
+def test_the_value_of_a_start_is_that_of_its_state(family, degree):
+    p = Problem(get_target("mish"), family, degree, Gaussian(), "linear", 0.01)
+    try:
+        race = Race(p, family, p.choose_sides()[0], 64)
+        frame, alpha, kind = _starts(p, race)
+    except OrthoactError:
+        return
+    assert len(frame) == len(alpha) == len(kind)
+    values = race.values(frame, alpha)
+    state = race.evaluate(frame, alpha)
+    finite = np.isfinite(values)
+    assert finite.any() and (finite == np.isfinite(state.value)).all()
+    np.testing.assert_allclose(values[finite], state.value[finite], rtol=1e-5, atol=1e-12)
 
 
 def lines(start, kinks, jumps) -> list[tuple[float, float]]:
