@@ -1,6 +1,7 @@
 """How well each family copies each target at two sizes, under the default law: docs/targets.md.
 
 python benchmarks/targets.py                # writes docs/targets.md
+OMP_NUM_THREADS=1 python benchmarks/targets.py --seconds     # milliseconds of a fit instead, the least of five
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from orthoact.interp.family import Family
 
 FILE = Path(__file__).parent.parent / "docs" / "targets.md"
 SIZES = (9, 17)
+TIMED = ("gelu", "silu", "relu", "tanh", "mish", "selu")
 
 HEAD = f"""# What each family makes of each target
 
@@ -69,10 +71,30 @@ def table(size: int) -> str:
     return "\n".join(lines)
 
 
+def seconds() -> str:
+    """Milliseconds of a fit for each family, size and target of `TIMED`."""
+    lines = ["| family, numbers | " + " | ".join(TIMED) + " |", "|---" * (1 + len(TIMED)) + "|"]
+    for family in FAMILIES.values():
+        for size in SIZES:
+            n, cells = degree(family, size), []
+            for target in TIMED:
+                try:
+                    best = min(fit(target, family=family.name, degree=n).seconds for _ in range(5))
+                    cells.append(f"{1e3 * best:.1f}")
+                except OrthoactError:
+                    cells.append("refused")
+            lines.append(f"| {family.name}, {family.size(n)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=textwrap.dedent(__doc__ or ""), formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    )
+    parser.add_argument("--seconds", action="store_true", help="print milliseconds of a fit and write nothing")
+    if parser.parse_args().seconds:
+        print(seconds())
+        return
     parts = [HEAD, *(f"## About {size} numbers\n\n{table(size)}\n" for size in SIZES)]
     FILE.parent.mkdir(exist_ok=True)
     FILE.write_text("\n".join(parts))

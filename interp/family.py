@@ -147,6 +147,8 @@ class Separable(Family):
 
     centred = False
     """Whether z = 0 is a special point, so that shifting z changes the family; then the location is searched too."""
+    anywhere = False
+    """Whether z = 0 may lie anywhere in the core as well: then it lies where most inputs do: less rounding."""
 
     @abstractmethod
     def shape(self, degree: int) -> int:
@@ -157,8 +159,11 @@ class Separable(Family):
         """The |z| to which the core is scaled."""
 
     @abstractmethod
-    def starts(self, degree: int, z: np.ndarray, w: np.ndarray, f: np.ndarray) -> list[list[float]]:
-        """Shapes to start the search from, for values `f` with weights `w` at `z` in the core; deterministic."""
+    def starts(self, degree: int, z: np.ndarray, w: np.ndarray, f: np.ndarray) -> np.ndarray:
+        """Shapes to start the search from in each of several cores, (cores, starts, numbers); deterministic.
+
+        Values `f` with weights `w` are wanted at `z`, each (cores, points).
+        """
 
     def columns(self, shape: np.ndarray, z: np.ndarray, linear: int) -> tuple[np.ndarray, np.ndarray]:
         r"""The basis $\phi_k$ and its slopes, (starts, points, k), for shapes (starts, numbers) and z (starts, points).
@@ -184,8 +189,8 @@ class Separable(Family):
 
     def settle(
         self, shape: list[float], location: float, scale: float, lo: float, hi: float
-    ) -> list[tuple[list[float], float, float]]:
-        """Shapes, locations and scales in this family near a member of the smoother one on a core from `lo` to `hi`."""
+    ) -> list[tuple[list[float], float, float, float, float]]:
+        """Near a member of the smoother one on a core from `lo` to `hi`: shapes, locations, scales and joints."""
         raise NotImplementedError
 
 

@@ -28,6 +28,7 @@ class Fourier(Separable):
     cost = "1 sine, 1 cosine, 6n multiply-adds"
     reference = "arXiv:2502.01247, section 3"
     degrees = range(1, 17)
+    anywhere = True
 
     def size(self, degree: int) -> int:
         return 2 * degree + 2
@@ -38,8 +39,8 @@ class Fourier(Separable):
     def reach(self, degree: int) -> float:
         return pi  # w = 1 is periodic on the core
 
-    def starts(self, degree, z, w, f) -> list[list[float]]:
-        return [[frequency] for frequency in (0.8, 0.5)]
+    def starts(self, degree, z, w, f):
+        return np.tile([[0.8], [0.7], [0.6], [0.5], [0.3], [0.15], [0.05]], (len(z), 1, 1))
 
     def frequencies(self, shape: np.ndarray, degree: int) -> np.ndarray:
         """The frequency of each harmonic, for shapes in rows."""
@@ -151,12 +152,16 @@ class FreeFourier(Fourier):
     def shape(self, degree: int) -> int:
         return degree
 
-    def starts(self, degree, z, w, f) -> list[list[float]]:
+    def starts(self, degree, z, w, f):
         multiples = [[k * frequency for k in range(1, degree + 1)] for frequency in (0.8, 0.5)]
         halves = [[(k - 0.5) * frequency for k in range(1, degree + 1)] for frequency in (1.25, 1.0, 0.7)]
+        # without a line the best frequencies lie ever further apart
+        halves += [
+            [(k - 0.5) * frequency * (1 + 0.05 * (k - 1)) for k in range(1, degree + 1)] for frequency in (1.25, 1.45)
+        ]
         # a frequency near zero makes a straight line, and lets the others lie between the multiples
-        lines = [[0.02, *((k + 0.55) * step for k in range(degree - 1))] for step in (1.35, 1.0, 0.7, 0.45)]
-        return [*multiples, *halves, *lines]
+        lines = [[0.02, *((k + 0.55) * step for k in range(degree - 1))] for step in (1.6, 1.35, 1.0, 0.7, 0.45)]
+        return np.tile([*multiples, *halves, *lines], (len(z), 1, 1))
 
     def frequencies(self, shape, degree):
         return shape

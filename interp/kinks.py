@@ -90,21 +90,23 @@ class Tables:
             wanted += self.lines[1]
         return np.reshape(rows, (-1, n + 2)), np.array(wanted)
 
-    def improve(self, kinks: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-        """A local minimum of J by the kinks, with its numbers."""
+    def improve(self, kinks: np.ndarray, held: np.ndarray | None = None) -> tuple[float, np.ndarray, np.ndarray]:
+        """A local minimum of J by the kinks, with its numbers; the kinks `held` are others, which stay."""
+        held = np.zeros(0) if held is None else held
         if not len(kinks):  # a convex copy of what bends down everywhere is a line
             value, u, _ = self.solve(kinks)
             return value, kinks, u
 
         def logarithm(at: np.ndarray) -> tuple[float, np.ndarray]:  # J spans orders of magnitude
-            order = np.argsort(at, kind="stable")
-            value, _, gradient = self.solve(at[order])
+            every = np.append(at, held)
+            order = np.argsort(every, kind="stable")
+            value, _, gradient = self.solve(every[order])
             back = np.empty_like(gradient)
             back[order] = gradient
-            return float(np.log(value + 1e-16)), back / (value + 1e-16)
+            return float(np.log(value + 1e-16)), back[: len(at)] / (value + 1e-16)
 
         found = minimize(logarithm, kinks, jac=True, method="BFGS", options={"maxiter": 100, "gtol": 1e-3})
-        best = np.clip(np.sort(found.x), self.edges[0], self.edges[-1])
+        best = np.clip(np.sort(np.append(found.x, held)), self.edges[0], self.edges[-1])
         value, u, _ = self.solve(best)
         return value, best, u
 
@@ -174,8 +176,10 @@ def best_kinks(p: Problem, tables: Tables, n: int) -> tuple[float, np.ndarray, n
         starts.append(tables.spread(n, 0.2, up / tables.step))
     if p.target.kinks and n > len(p.target.kinks):
         smooth = np.minimum(bend, np.quantile(bend[bend > 0], 0.99)) if (bend > 0).any() else bend
-        rest = tables.spread(n - len(p.target.kinks), 0.2, smooth)
-        starts.append(np.sort(np.append(own[: len(p.target.kinks)], rest)))
+        held = own[: len(p.target.kinks)]  # J has an edge there, at which a search along it would stop
+        for power in powers:
+            rest = tables.spread(n - len(held), power, smooth)
+            candidates.append(tables.improve(rest + 1e-6 * np.arange(len(rest)), held))
     for start in starts:
         candidates.append(tables.improve(start + 1e-6 * np.arange(n)))
     if p.family.convex:

@@ -72,6 +72,7 @@ class Race:
         self.steep = [] if self.bare else [i for i, side in enumerate(sides) if side.equalities == 2]
         """The joints at which the slope is asked for too."""
         self.kinked = [] if self.bare else [i for i in (0, 1) if i not in self.steep]
+        self.unsound = type(family).sound is not Separable.sound
         self.count, self.floor = nodes, FLOOR * (1 + p.w @ p.f**2)
 
     def joints(self, alpha: np.ndarray) -> np.ndarray:
@@ -96,6 +97,47 @@ class Race:
 
     def evaluate(self, frame: np.ndarray, alpha: np.ndarray) -> State:
         """Everything at these shapes and joints; where they are astray J is infinite."""
+        p = self.p
+        joints, astray, z, basis, root, system, y = self.systems(frame, alpha)
+        q, r = np.linalg.qr(system)
+        numbers = np.linalg.solve(r, q.swapaxes(1, 2) @ y)
+        inside = y - system @ numbers
+        value = (inside**2).sum(axis=(1, 2)) + self.outside(joints, basis[1], numbers)
+        jacobian = self.jacobian(alpha, z, frame[:, 1:], root, joints, q, r, numbers, inside, basis)
+        residual = inside[..., 0]
+        for k, i in enumerate(self.free, self.inner):
+            if self.sides[i].line is None:  # a tangent of the target turns as the joint moves
+                before, now, after = (
+                    np.sqrt(p.tail(i, None, joints[:, i] + by) + 1e-30) for by in (-p.step / 4, 0.0, p.step / 4)
+                )
+                turn = np.zeros((len(alpha), 1, alpha.shape[1]))
+                turn[:, 0, k] = (after - before) / (p.step / 2)
+                jacobian = np.concatenate([jacobian, turn], axis=1)
+                residual = np.concatenate([residual, now[:, None]], axis=1)
+        astray |= ~np.isfinite(jacobian).all(axis=(1, 2)) | ~np.isfinite(value)
+        jacobian[astray], residual[astray] = 0.0, 0.0
+        return State(frame, alpha, np.where(astray, np.inf, value), residual, jacobian)
+
+    def values(self, frame: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+        """J alone, which costs half."""
+        joints, astray, _, basis, _, system, y = self.systems(frame, alpha)
+        r = np.linalg.qr(np.concatenate([system, y], axis=2), mode="r")
+        numbers = np.linalg.solve(r[:, :-1, :-1], r[:, :-1, -1:]) if self.kinked else None
+        value = r[:, -1, -1] ** 2 + self.outside(joints, basis[1], numbers)
+        return np.where(astray | ~np.isfinite(value), np.inf, value)
+
+    def outside(self, joints: np.ndarray, slopes: np.ndarray, numbers: np.ndarray | None) -> np.ndarray:
+        """The share of J that no row of the systems has: the tails', and a penalty where the core is too steep."""
+        value = np.zeros(len(joints))
+        for i in self.kinked:
+            value += np.maximum(np.abs((slopes[:, i, None] @ numbers)[:, 0, 0]) - STEEP, 0) ** 2
+        if not self.bare:
+            for i, side in enumerate(self.sides):
+                value += self.p.tail(i, side.line, joints[:, i])
+        return value
+
+    def systems(self, frame: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Joints, what is astray, z, the basis and its slopes, roots of weights, the systems and their right sides."""
         p, linear = self.p, self.linear
         location, scale = frame[:, :1], frame[:, 1:]
         shift = alpha[:, self.shapes : self.inner] if self.family.centred else 0.0
@@ -105,8 +147,9 @@ class Race:
             astray |= (joints[:, 0] < p.ends[0]) | (joints[:, 1] > p.ends[1])
             astray |= joints[:, 1] - joints[:, 0] < p.domain.std / 2
             joints = np.where(astray[:, None], [p.domain.mean - p.domain.std, p.domain.mean + p.domain.std], joints)
-            ends = joints[:, :1] + DENSE * (joints[:, 1:] - joints[:, :1])
-            astray |= ~self.family.sound(alpha[:, : self.shapes], (ends - location) / scale - shift)
+            if self.unsound:
+                ends = joints[:, :1] + DENSE * (joints[:, 1:] - joints[:, :1])
+                astray |= ~self.family.sound(alpha[:, : self.shapes], (ends - location) / scale - shift)
         x, w = self.nodes(joints)
         root = np.sqrt(w)
         f, d = (p.f + 0 * x, p.d + 0 * x) if self.bare else p.near(x)
@@ -121,34 +164,12 @@ class Race:
         slopes = slopes / scale[..., None]
         system, y = self.rows(values, slopes, root), self.rows(f[..., None], d[..., None], root)
         # the share of each number in the copy, of which rounding is a share
-        share = np.sqrt(np.einsum("bij,bi->bj", values[:, -x.shape[1] :] ** 2, w))
+        share = np.sqrt(w[:, None] @ values[:, -x.shape[1] :] ** 2)[:, 0]
         system = np.concatenate([system, self.rounding * share[..., None] * np.eye(linear)], axis=1)
         y = np.concatenate([y, np.zeros((len(alpha), linear, 1))], axis=1)
         astray |= ~np.isfinite(system).all(axis=(1, 2)) | (share.min(axis=1) < NOTHING)
         system[astray] = np.eye(system.shape[1], linear)
-        q, r = np.linalg.qr(system)
-        numbers = np.linalg.solve(r, q.swapaxes(1, 2) @ y)
-        inside = y - system @ numbers
-        value = (inside**2).sum(axis=(1, 2))
-        for i in self.kinked:
-            value = value + np.maximum(np.abs((slopes[:, i, None] @ numbers)[:, 0, 0]) - STEEP, 0) ** 2
-        if not self.bare:
-            for i, side in enumerate(self.sides):
-                value = value + p.tail(i, side.line, joints[:, i])
-        jacobian = self.jacobian(alpha, z, scale, root, joints, q, r, numbers, inside, (values, slopes))
-        residual = inside[..., 0]
-        for k, i in enumerate(self.free, self.inner):
-            if self.sides[i].line is None:  # a tangent of the target turns as the joint moves
-                before, now, after = (
-                    np.sqrt(p.tail(i, None, joints[:, i] + by) + 1e-30) for by in (-p.step / 4, 0.0, p.step / 4)
-                )
-                turn = np.zeros((len(alpha), 1, alpha.shape[1]))
-                turn[:, 0, k] = (after - before) / (p.step / 2)
-                jacobian = np.concatenate([jacobian, turn], axis=1)
-                residual = np.concatenate([residual, now[:, None]], axis=1)
-        astray |= ~np.isfinite(jacobian).all(axis=(1, 2)) | ~np.isfinite(value)
-        jacobian[astray], residual[astray] = 0.0, 0.0
-        return State(frame, alpha, np.where(astray, np.inf, value), residual, jacobian)
+        return joints, astray, z, (values, slopes), root, system, y
 
     def jacobian(self, alpha, z, scale, root, joints, q, r, numbers, inside, basis) -> np.ndarray:
         r"""$-P^\perp \dot\Phi c - (\Phi^+)^T \dot\Phi^T r$, the second term for the joints only.
@@ -203,7 +224,9 @@ class Race:
             q, r = np.linalg.qr(np.concatenate([a, np.sqrt(damping[rows])[:, None, None] * np.eye(n)], axis=1))
             step = -np.linalg.solve(r + 1e-14 * np.eye(n), np.swapaxes(q[:, :n], 1, 2) @ b)
             expected = (b**2).sum(axis=(1, 2)) - ((a @ step + b) ** 2).sum(axis=(1, 2))
-            trial = self.evaluate(now.frame, now.alpha + step[..., 0] / scale[rows])
+            there = now.alpha + step[..., 0] / scale[rows]
+            there[:, self.inner :] = there[:, self.inner :].clip(*self.p.ends)
+            trial = self.evaluate(now.frame, there)
             gain = now.value - trial.value
             ratio = gain / np.maximum(expected, 1e-300)
             good = ratio > 1e-3

@@ -10,6 +10,9 @@ from scipy.optimize import nnls
 from .family import Array, Separable
 from .variance import balance
 
+CLOSE = 1.05
+"""How far a pole beyond an end of the core is from z = 0, in the distance of that end."""
+
 
 class Rational(Separable):
     r"""$S(z) = P(z) / (1 + |Q(z)|)$, $P = \sum_{k=0}^n p_k z^k$, $Q = \sum_{j=1}^{n-1} q_j z^j$: Pade (n, n-1).
@@ -39,47 +42,66 @@ class Rational(Separable):
     def reach(self, degree: int) -> float:
         return 1.0
 
-    def starts(self, degree: int, z: np.ndarray, w: np.ndarray, f: np.ndarray) -> list[list[float]]:
-        """One without a denominator, exact where the target is a straight line; and one with Q = 0 at z = 0."""
-        bent = [np.sign(z) * z**j for j in range(1, degree)]
-        return [[0.0] * (degree - 1), self.linearised(degree, z, w, f, bent)]
+    def starts(self, degree, z, w, f):
+        """One without a denominator, exact where the target is a straight line; and some with Q = 0 at z = 0.
 
-    def linearised(self, degree: int, z: np.ndarray, w: np.ndarray, f: np.ndarray, parts: list) -> list[float]:
-        """The shape of the least P - f D over D as it was before, four times (Sanathanan and Koerner, 1963).
-
-        D = 1 + a combination of `parts`; a part that is None has no share.
+        Q changes sign there alone, or also at the same place on the other side of the core.
         """
-        numerator = np.stack([z**k for k in range(degree + 1)], axis=-1)
-        own = np.stack([part for part in parts if part is not None], axis=-1)
-        last, found = np.ones_like(z), np.zeros(own.shape[1])
+        other = z.min(axis=1, keepdims=True) + z.max(axis=1, keepdims=True)
+        signs = [np.sign(z)] if degree < 3 or abs(other).max() < 0.1 else [np.sign(z), np.sign(z) * np.sign(z - other)]
+        powers = _powers(z, degree - 1)[..., 1:]
+        found = [self.linearised(degree, z, w, f, sign[..., None] * powers) for sign in signs]
+        return np.stack([np.zeros_like(found[0]), *found], axis=1)
+
+    def linearised(self, degree: int, z: np.ndarray, w: np.ndarray, f: np.ndarray, parts: np.ndarray) -> np.ndarray:
+        """The least P - f D over D as it was before, four times (Sanathanan and Koerner, 1963), for each core.
+
+        D = 1 + a combination of `parts`, (cores, points, parts); the factors are returned, (cores, parts).
+        """
+        system = np.concatenate([_powers(z, degree), -f[..., None] * parts, f[..., None]], axis=-1)
+        root, found = np.sqrt(w), np.zeros((len(z), parts.shape[-1]))
         for _ in range(4):
-            root = (np.sqrt(w) / last)[:, None]
-            q, _ = np.linalg.qr(root * numerator)
-            system, wanted = -root * f[:, None] * own, root[:, 0] * f
-            found = self.least(system - q @ (q.T @ system), wanted - q @ (q.T @ wanted))
-            last = np.maximum(abs(1 + own @ found), 1e-2)
-        every = iter(found.tolist())
-        return [0.0 if part is None else next(every) for part in parts]
+            last = np.maximum(abs(1 + (parts @ found[..., None])[..., 0]), 1e-2)
+            r = np.linalg.qr((root / last)[..., None] * system, mode="r")[:, degree + 1 :, degree + 1 :]
+            found = self.least(r[..., :-1], r[..., -1])
+        return found
+
+    def plain(self, degree: int, z: np.ndarray, w: np.ndarray, f: np.ndarray, at: np.ndarray | None = None) -> list:
+        """Denominators with every power of `z`, and with the even ones alone; the numerator is one of `at`."""
+        powers, at = _powers(z, degree - 1)[..., 1:], z if at is None else at
+        found = [self.linearised(degree, at, w, f, powers)]
+        if degree > 2:
+            even = np.zeros_like(found[0])
+            even[:, 1::2] = self.linearised(degree, at, w, f, powers[..., 1::2])
+            found.append(even)
+        return found
 
     def least(self, system: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-        return np.linalg.lstsq(system, wanted, rcond=1e-12)[0]
+        return (np.linalg.pinv(system, rcond=1e-12) @ wanted[..., None])[..., 0]
 
     def relaxed(self) -> Separable | None:
         return Quotient()
 
     def settle(self, shape, location, scale, lo, hi):
-        """D (1 + |Q|) seen from the places in the core where D is least: the same, or nearly, where D > 0."""
+        """D (1 + |Q|) seen from the places in the core where D is least: the same where D is no less than there.
+
+        The core ends where it is.
+        """
         ends = (np.array([lo, hi]) - location) / scale
         d = np.polynomial.Polynomial([1.0, *shape])
         turns = d.deriv().roots() if len(shape) > 1 else np.zeros(0)
         turns = turns.real[(abs(turns.imag) < 1e-6) & (turns.real > ends[0]) & (turns.real < ends[1])]
         places = np.concatenate([ends, turns, [ends.mean()]])
-        found = []
+        dense, found = np.linspace(-1, 1, 2001), []
         for place in places[np.argsort(d(places) + 1e-9 * places**2, kind="stable")][:3]:
             least = float(np.float32(location + scale * place))
             unit = float(np.float32(max(hi - least, least - lo)))
             moved = d(np.polynomial.Polynomial([(least - location) / scale, unit / scale])).coef
-            found.append((np.pad(moved[1:] / moved[0], (0, len(shape) + 1 - len(moved))).tolist(), least, unit))
+            moved = np.pad(moved, (0, len(shape) + 1 - len(moved))) / moved[0]
+            where = least + unit * dense
+            below = where[np.polynomial.polynomial.polyval(dense, moved) < 1 - 1e-6]
+            left, right = below[below < least].max(initial=lo), below[below > least].min(initial=hi)
+            found.append((moved[1:].tolist(), least, unit, left, right))
         return found
 
     def split(self, parameters: list[Array]) -> tuple[list[Array], list[Array]]:
@@ -168,16 +190,33 @@ class Quotient(Rational):
     centred = False
 
     def starts(self, degree, z, w, f):
-        """Every power in the denominator, or the even ones alone; poles above and below, to the left, to the right."""
-        powers = [z**j for j in range(1, degree)]
-        even = [power if j % 2 else None for j, power in enumerate(powers)]
-        found = [self.linearised(degree, z, w, f, parts) for parts in ([powers, even] if degree > 2 else [powers])]
-        reach = 1.5 * abs(z).max()
-        line = np.polynomial.Polynomial([1.0, 1 / reach])
-        poles = np.polynomial.Polynomial([1.0, 0.0, 4.0 / (degree * abs(z).max() ** 2)]) ** ((degree - 1) // 2)
-        for d in (poles, line ** (degree - 1), line(np.polynomial.Polynomial([0.0, -1.0])) ** (degree - 1)):
-            found.append(np.pad(d.coef[1:], (0, degree - len(d.coef))).tolist())
-        return found
+        """Every power in the denominator, or the even ones alone, or what is left beside poles close to the ends.
+
+        And poles above and below, to the left, to the right.
+        """
+        found, reach = self.plain(degree, z, w, f), abs(z).max(axis=1, keepdims=True)
+        least, most = z.min(axis=1, keepdims=True), z.max(axis=1, keepdims=True)
+        for ends in ([least], [most], [least, most]):
+            rest = degree - 1 - len(ends)
+            if rest >= 2:
+                close = np.prod([1 - z / (CLOSE * end) for end in ends], axis=0)
+                own = self.linearised(degree, z, w / close**2, f * close, _powers(z, rest)[..., 1:])
+                d = np.concatenate([np.ones_like(least), own, np.zeros((len(z), len(ends)))], axis=1)
+                for end in ends:
+                    d[:, 1:] -= d[:, :-1] / (CLOSE * end)
+                found.append(d[:, 1:])
+        polynomial, orders = np.polynomial.Polynomial, np.arange(1, degree)
+        above, side = (
+            polynomial([1.0, 0.0, 4.0 / degree]) ** ((degree - 1) // 2),
+            polynomial([1.0, 2 / 3]) ** (degree - 1),
+        )
+        for d in (
+            np.pad(above.coef, (0, degree - len(above.coef)))[1:],
+            side.coef[1:],
+            side.coef[1:] * (-1.0) ** orders,
+        ):
+            found.append(d / reach**orders)
+        return np.stack(found, axis=1)
 
     def relaxed(self):
         return None
@@ -216,21 +255,23 @@ class SumRational(Rational):
 
     def starts(self, degree, z, w, f):
         """One without a denominator; every power in it, or the even ones alone."""
-        powers = [abs(z) ** j for j in range(1, degree)]
-        even = [power if j % 2 else None for j, power in enumerate(powers)]
-        found = [self.linearised(degree, z, w, f, parts) for parts in ([powers, even] if degree > 2 else [powers])]
-        return [[0.0] * (degree - 1), *found]
+        found = self.plain(degree, abs(z), w, f, z)
+        return np.stack([np.zeros_like(found[0]), *found], axis=1)
 
     def relaxed(self):
         return None
 
     def least(self, system, wanted):
-        size, n = np.linalg.norm(system, axis=0) + 1e-300, system.shape[1]
-        # the ridge keeps nnls from cycling among columns that are nearly the same
-        try:
-            found, _ = nnls(np.concatenate([system / size, 1e-6 * np.eye(n)]), np.append(wanted, np.zeros(n)))
-        except RuntimeError:  # it cycled all the same: this is only a start
-            return np.zeros(n)
+        size, n = np.linalg.norm(system, axis=1) + 1e-300, system.shape[-1]
+        found = np.zeros_like(size)
+        for i in range(len(system)):
+            # the ridge keeps nnls from cycling among columns that are nearly the same
+            try:
+                found[i], _ = nnls(
+                    np.concatenate([system[i] / size[i], 1e-6 * np.eye(n)]), np.append(wanted[i], np.zeros(n))
+                )
+            except RuntimeError:  # it cycled all the same: this is only a start
+                continue
         return found / size
 
     def denominator(self, shape, z):

@@ -11,8 +11,9 @@ from .family import Separable
 from .problem import Problem, Side
 from .race import ROUNDING, Race, State
 
-COARSE, FINE = 64, 160
-"""Nodes in the core: in the race, and for its winners (rationals hide poles between nodes that are few)."""
+COARSE, FINE, DENSE = 64, 160, 640
+"""Nodes in the core: in the race, for its winners, and to choose among these (rationals hide poles and kinks between
+nodes that are few)."""
 
 RADII = (1.5, 6.0)
 """Least and greatest distance of a joint from the centre of the target's curvature to start from, in its spread."""
@@ -20,23 +21,41 @@ RADII = (1.5, 6.0)
 SHIFTS = (0.0, 0.4, 1.0, -0.4, -1.0)
 """Where z = 0 may lie in the core to start from, in half its length; one side will do where all is symmetric."""
 
-RACE = ((12, 6), (6, 10))
+BEST = 12
+"""How many starts are improved beside the best of each kind."""
+
+RACE = ((24, 6), (6, 10))
 """How many starts are improved, by how many steps; then fewer of them."""
 
 SETTLE = ((12, 10), (6, 10))
 """The same for those that come from a smoother family, together with those of the family itself."""
 
-HOPS, PLACES, SIZES = 4, 4, (0.05, 0.2, 0.5)
-"""How often hops are made (once after a smoother family), from how many of the best, and their relative sizes."""
+HOPS, AFTER, PLACES, SIZES = 4, 3, 4, ((0.02, 0.1, 0.3), (0.05, 0.2, 0.5))
+"""How often hops are made, and how often after a smoother family; from how many of the best; their relative sizes."""
 
-HOP = ((24, 6), (8, 12))
+HOP = ((24, 10), (6, 16))
 """How many hops are improved, by how many steps."""
 
 LAST = (3, 60)
 """How many are improved on the fine nodes, by how many steps."""
 
-ONE = ((3, 10), (3, 20))
-"""How many starts of a family with one shape number are improved, by how many steps; then again."""
+FEW = 48
+"""Nodes in the core for a family with one shape number."""
+
+SETTLED = 1e-3
+"""The gain of a step, as a share of J, from which it goes on there."""
+
+ONE = ((7, 5), (2, 20))
+"""How many starts of a family with one shape number, no two with the same, are improved, by how many steps; again."""
+
+CHOSEN = 12
+"""Among how many the winners are chosen."""
+
+EXACTLY = 10
+"""How many steps a start is improved that is exact already."""
+
+PLAIN = 0.01
+"""What a winner may lose, as a share of J, by being a member of the smoother family."""
 
 SAME = 1e-3
 """Starts whose J differ by less than this share are taken for the same valley."""
@@ -62,29 +81,48 @@ def search_shapes(p: Problem, sides: tuple[Side, Side]) -> Found:
     """Shape and joints of least J."""
     assert isinstance(p.family, Separable)
     smooth, fine = p.family.relaxed(), Race(p, p.family, sides, FINE)
-    race = Race(p, p.family, sides, COARSE)
-    begun = race.evaluate(*_starts(p, race))
+    race = Race(p, p.family, sides, FEW if p.family.shape(p.degree) == 1 else COARSE)
+    begun = _begin(p, race)
     exact = np.flatnonzero(begun.value <= EXACT**2 * (p.w @ p.f**2))
     if len(exact):
-        return _found(fine, begun[exact[:1]])
+        return _found(fine, _best(fine.improve(_join(fine, [_best(begun, 1)]), EXACTLY), 1))
     if race.shapes == 1:  # few valleys, and no poles
         for kept, steps in ONE:
-            begun = race.improve(_best(begun, kept), steps, 5e-3)
+            begun = race.improve(_best(begun, kept), steps, SETTLED)
             race.rounding = max(ROUNDING, 1e-3 * float(begun.value.min()) ** 0.5)
             begun = race.evaluate(begun.frame, begun.alpha)
         return _found(race, _best(begun, 1))
     found = _run(race, begun, RACE)
     if smooth is not None:
         other = Race(p, smooth, sides, COARSE)
-        settled = _settle(race, _run(other, other.evaluate(*_starts(p, other)), RACE), other)
+        settled = _settle(race, _run(other, _begin(p, other), RACE), other)
         found = _run(race, _join(race, [found, settled]), SETTLE)
-    for seed in range(HOPS if smooth is None else 1):
+    for seed in range(HOPS if smooth is None else AFTER):
         hops = _run(race, _hop(race, _best(found, PLACES), seed), HOP)
         found = _join(race, [found, hops])
-    best = _best(_join(fine, [found]), LAST[0])
+    dense = Race(p, p.family, sides, DENSE)
+    best = _best(found, CHOSEN)
+    best = best[_valleys(dense.values(best.frame, best.alpha))[: LAST[0]]]
     # terms that cancel each other are worth a thousandth of the error, not the rounding of the copy
-    fine.rounding = max(ROUNDING, 1e-3 * float(best.value[0]) ** 0.5)
-    return _found(fine, _best(fine.improve(fine.evaluate(best.frame, best.alpha), LAST[1]), 1))
+    fine.rounding = dense.rounding = max(ROUNDING, 1e-3 * float(best.value[0]) ** 0.5)
+    last = fine.improve(fine.evaluate(best.frame, best.alpha), LAST[1])
+    last = _best(_join(dense, [best, last]), LAST[0])
+    if smooth is not None:  # without kinks so close to each other that they hide between nodes
+        plain = _best(_settle(dense, last, dense), 1)
+        if plain.value[0] < last.value[0] * (1 + PLAIN):
+            last = plain
+    return _found(fine, last[:1])
+
+
+def _begin(p: Problem, race: Race) -> State:
+    """The best of the starts."""
+    frame, alpha, kind = _starts(p, race)
+    value = race.values(frame, alpha)
+    rows = _valleys(value)
+    _, first = np.unique(kind[rows], return_index=True)  # the best of each kind, whatever the joints
+    most = 0 if race.shapes == 1 else BEST
+    rows = rows[np.union1d(first, np.arange(min(most, len(rows))))]
+    return race.evaluate(frame[rows], alpha[rows])
 
 
 def _run(race: Race, state: State, stages: tuple[tuple[int, int], ...]) -> State:
@@ -101,7 +139,7 @@ def _hop(race: Race, state: State, seed: int) -> State:
     """Hops of several sizes from these places."""
     count = HOP[0][0]
     rows = np.arange(count) % len(state.value)
-    size = np.array(SIZES)[np.arange(count) // len(state.value) % len(SIZES), None]
+    size = np.array(SIZES[seed % 2])[np.arange(count) // len(state.value) % len(SIZES[0]), None]
     frame, alpha = state.frame[rows], state.alpha[rows]
     origin = np.where(np.arange(alpha.shape[1]) < race.inner, 0.0, frame[:, :1])  # joints move about the location
     step = size * np.random.default_rng(seed).normal(size=alpha.shape)
@@ -110,9 +148,14 @@ def _hop(race: Race, state: State, seed: int) -> State:
 
 def _best(state: State, most: int) -> State:
     """The best of each valley."""
-    order = np.argsort(state.value, kind="stable")
-    value = state.value[order]
-    return state[order[np.append(True, value[1:] > value[:-1] * (1 + SAME))][:most]]
+    return state[_valleys(state.value)[:most]]
+
+
+def _valleys(value: np.ndarray) -> np.ndarray:
+    """The rows of the least J in each valley, the best first."""
+    order = np.argsort(value, kind="stable")
+    value = value[order]
+    return order[np.append(True, value[1:] > value[:-1] * (1 + SAME))]
 
 
 def _settle(own: Race, state: State, race: Race) -> State:
@@ -120,9 +163,10 @@ def _settle(own: Race, state: State, race: Race) -> State:
     family, n = own.family, race.shapes
     frames, alphas = [], []
     for (location, scale), alpha, joints in zip(state.frame, state.alpha, race.joints(state.alpha), strict=True):
-        for shape, *frame in family.settle(alpha[:n].tolist(), location, scale, *joints.tolist()):
+        location = location + scale * (alpha[n] if race.family.centred else 0.0)
+        for shape, *frame, lo, hi in family.settle(alpha[:n].tolist(), location, scale, *joints.tolist()):
             frames.append(frame)
-            alphas.append(np.concatenate([shape, [0.0] * family.centred, alpha[race.inner :]]))
+            alphas.append([*shape, *[0.0] * family.centred, *((lo, hi)[i] for i in race.free)])
     return own.evaluate(np.array(frames), np.array(alphas))
 
 
@@ -130,28 +174,35 @@ def _found(race: Race, state: State) -> Found:
     p, family, alpha = race.p, race.family, state.alpha[0]
     lo, hi = race.joints(alpha[None])[0].tolist() if p.tails == "linear" else (-np.inf, np.inf)
     location, scale = state.frame[0]
+    if family.anywhere:
+        places = np.float32([location, *(np.linspace(lo, hi, 9) if p.tails == "linear" else [])]).astype(float)
+        frames = np.stack([places, np.full_like(places, scale)], axis=1)
+        location = places[race.values(frames, np.tile(alpha, (len(places), 1))).argmin()]
     if family.centred:
         location = location + scale * alpha[race.shapes]
     location, scale = (float(np.float32(v)) for v in (location, scale))  # the module keeps them so
     return Found(alpha[: race.shapes].tolist(), lo, hi, location, scale, race.rounding)
 
 
-def _starts(p: Problem, race: Race) -> tuple[np.ndarray, np.ndarray]:
-    """Frame and alpha of each start."""
-    family, frames, alphas = race.family, [], []
+def _starts(p: Problem, race: Race) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Frame, alpha and kind of each start."""
+    family, frames, alphas, kinds = race.family, [], [], []
     shifts = (SHIFTS[:3] if p.is_symmetric() else SHIFTS) if family.centred else (0.0,)
-    for lo, hi in _joints(p, race.sides):
-        half = (hi - lo) / 2
-        x, w = race.nodes(np.array([[lo, hi]]))
-        f = np.interp(x[0], p.x, p.f)
-        for shift in shifts:
-            frame = (lo + hi) / 2 + shift * half, half / family.reach(p.degree)
-            if p.tails == "none":
-                frame = p.domain.mean, p.domain.std
-            for shape in family.starts(p.degree, (x[0] - frame[0]) / frame[1], w[0], f):
-                frames.append(frame)
-                alphas.append([*shape, *([0.0] if family.centred else []), *((lo, hi)[i] for i in race.free)])
-    return np.array(frames, dtype=np.float32).astype(float), np.array(alphas)
+    ends = np.array(_joints(p, race.sides), dtype=float)
+    x, w = race.nodes(ends)
+    f, half = np.interp(x, p.x, p.f), (ends[:, 1:] - ends[:, :1]) / 2
+    rest = np.concatenate([np.zeros((len(ends), int(family.centred))), ends[:, race.free]], axis=1)
+    middle = (w * x).sum(axis=1) / w.sum(axis=1) if family.anywhere else ends.mean(axis=1)
+    for shift in shifts:
+        frame = np.concatenate([middle[:, None] + shift * half, half / family.reach(p.degree)], axis=1)
+        if p.tails == "none":
+            frame[:] = p.domain.mean, p.domain.std
+        shapes = family.starts(p.degree, (x - frame[:, :1]) / frame[:, 1:], w, f)
+        n = shapes.shape[1]
+        frames.append(np.repeat(frame, n, axis=0))
+        kinds.append(np.tile(np.arange(n), len(ends)))
+        alphas.append(np.concatenate([shapes.reshape(len(ends) * n, -1), np.repeat(rest, n, axis=0)], axis=1))
+    return np.concatenate(frames).astype(np.float32).astype(float), np.concatenate(alphas), np.concatenate(kinds)
 
 
 def _joints(p: Problem, sides: tuple[Side, Side]) -> list[tuple[float, float]]:

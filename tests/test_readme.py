@@ -75,6 +75,14 @@ def test_the_coverage_is_the_measured_one():
     assert quoted in " ".join(README.split())
 
 
+def test_the_hostile_folders_are_the_counted_ones():
+    text = (ROOT / "benchmarks" / "hostile.md").read_text()
+    found = {name: f"{int(number):,}" for name, number in re.findall(r"\| ([\w ]+) \| (\d+) \|", text)}
+    cases, refused, sound = (found[name] for name in ("cases", "refused", "sound"))
+    quoted = f"of {cases} damaged ones {refused} are refused in one sentence and {sound} still compute"
+    assert quoted in " ".join(README.split())
+
+
 def table(head):
     """The lines of the table that begins so."""
     lines = README[README.index(head) :].splitlines()

@@ -15,7 +15,12 @@ from numpy.polynomial import hermite_e
 import orthoact
 from orthoact.cli import main
 from orthoact.interp import FAMILIES, Activation, Family, OrthoactError, fit, get_family
+from orthoact.interp.domains import Gaussian
 from orthoact.interp.family import Linear, Piecewise, Separable
+from orthoact.interp.problem import Problem
+from orthoact.interp.race import Race
+from orthoact.interp.shapes import _starts
+from orthoact.interp.targets import get_target
 from orthoact.interp.variance import balance
 
 # He_0 .. He_9, lowest power first
@@ -240,9 +245,12 @@ def test_linear_in_all_but_the_shape(family, degree):
 def test_starts_are_shapes_and_always_the_same(family, degree):
     z = core(family, degree, 200)
     w, f = np.exp(-(z**2)) / np.exp(-(z**2)).sum(), np.tanh(2 * z)
-    starts = family.starts(degree, z, w, f)
-    assert starts and all(len(shape) == family.shape(degree) and np.isfinite(shape).all() for shape in starts)
-    assert starts == family.starts(degree, z, w, f)
+    both = [np.stack([part, part]) for part in (z, w, f)]
+    starts = family.starts(degree, *both)
+    assert starts.shape[0] == 2 and starts.shape[1] and starts.shape[2] == family.shape(degree)
+    assert np.isfinite(starts).all()
+    np.testing.assert_array_equal(starts, family.starts(degree, *both))
+    np.testing.assert_array_equal(starts[0], family.starts(degree, *(part[:1] for part in both))[0])
 
 
 @over(Separable)
@@ -277,10 +285,41 @@ def test_a_quotient_without_a_pole_is_a_rational(degree):
         d = quotient.parts(shape[None], ((x - 1) / 4)[None])[0][0]
         if d.min() < 0.05:
             continue
-        new, location, scale = family.settle(shape.tolist(), 1.0, 4.0, lo, hi)[0]
+        new, location, scale, left, right = family.settle(shape.tolist(), 1.0, 4.0, lo, hi)[0]
+        assert (left, right) == (lo, hi)
         got = 1 + np.abs(np.polynomial.polynomial.polyval((x - location) / scale, [0.0, *new]))
         assert got.min() >= 1 and np.abs((x - location) / scale).max() <= 1 + 1e-6
         close(got / got.mean(), d / d.mean(), 1e-5 * (d / d.mean()).max())
+
+
+@pytest.mark.parametrize("degree", [3, 8])
+def test_a_core_ends_where_a_denominator_turns(degree):
+    """Seen from a place where D is not the least the copy holds up to where D is as small again."""
+    family, d = get_family("rational"), np.polynomial.Polynomial([1.0, 0.0, -0.9])  # most in the middle
+    shape = np.pad(d.coef[1:], (0, degree - len(d.coef)))
+    found = family.settle(shape.tolist(), 0.0, 1.0, -1.0, 0.5)
+    assert len(found) == 3
+    for new, location, scale, lo, hi in found:
+        x = np.linspace(lo, hi, 200)
+        got = 1 + np.abs(np.polynomial.polynomial.polyval((x - location) / scale, [0.0, *new]))
+        close(got / got[0], d(x) / d(x)[0], 1e-2)
+    assert max(hi - lo for *_, lo, hi in found) == 1.5
+
+
+@over(Separable)
+def test_the_value_of_a_start_is_that_of_its_state(family, degree):
+    p = Problem(get_target("mish"), family, degree, Gaussian(), "linear", 0.01)
+    try:
+        race = Race(p, family, p.choose_sides()[0], 64)
+        frame, alpha, kind = _starts(p, race)
+    except OrthoactError:
+        return
+    assert len(frame) == len(alpha) == len(kind)
+    values = race.values(frame, alpha)
+    state = race.evaluate(frame, alpha)
+    finite = np.isfinite(values)
+    assert finite.any() and (finite == np.isfinite(state.value)).all()
+    np.testing.assert_allclose(values[finite], state.value[finite], rtol=1e-5, atol=1e-12)
 
 
 def lines(start, kinks, jumps) -> list[tuple[float, float]]:
@@ -467,7 +506,7 @@ class Bumps(Separable):
         return balance(self, [0.0, 1.0, *[0.5] * degree, *np.linspace(-1, 1, degree)], slice(1), slice(degree + 2))
 
     def starts(self, degree, z, w, f):
-        return [list(np.linspace(-2, 2, degree)), list(np.linspace(-1, 1, degree))]
+        return np.tile([np.linspace(-2, 2, degree), np.linspace(-1, 1, degree)], (len(z), 1, 1))
 
     def parts(self, p, z):
         n = len(p) // 2 - 1
