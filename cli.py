@@ -337,6 +337,7 @@ def convert(
     from .convert.calibrate import calibrate_on
     from .convert.checkpoint import check_output, save
     from .convert.fidelity import evaluate
+    from .convert.provenance import own_command
     from .convert.shards import LIGHT, memory
     from .convert.sources import load_source
     from .convert.surgeon import convert_, inspect_model, plan, revert_
@@ -418,7 +419,7 @@ def convert(
             record |= {"fits": {s.name: f.to_dict() for s, f in zip(made.sites, made.fits, strict=True)}}
             if laws:
                 record |= {"calibration": {name: law.histogram() for name, law in laws.items()}}
-            made_by = {"form": form, "seed": seed, "command": _command(), "page": not no_report}
+            made_by = {"form": form, "seed": seed, "command": own_command(), "page": not no_report}
             save(source.model, out, source=source, report=record, overwrite=overwrite, **made_by)
             report["seconds"]["save"] = perf_counter() - clock
         if push_to_hub:
@@ -434,15 +435,6 @@ def convert(
             _console().print(f"see {out / 'report.html'}")
 
 
-def _command() -> list[str]:
-    """The command line as it was given, for the record; nothing where another program calls these functions."""
-    import sys
-
-    started = Path(sys.argv[0])
-    ours = started.name.removesuffix(".exe") == "orthoact" or started == Path(__file__).with_name("__main__.py")
-    return ["orthoact", *sys.argv[1:]] if ours else []
-
-
 def _default_output(model: str, family: str) -> Path:
     name = model.removeprefix("timm:")
     name = Path(name).resolve().name if Path(name).is_dir() else name.rpartition("/")[2]
@@ -451,21 +443,25 @@ def _default_output(model: str, family: str) -> Path:
 
 def _report(model: str, report: dict[str, Any], made) -> None:
     """The short table at the end of a conversion: one row for sites alike, and why each got what it got."""
-    kinds: dict[tuple, list] = {}
-    for row in report["sites"]:
-        keys = ("target", "family", "degree", "value_rms", "slope_rms", "value_max", "parameters", "reason")
-        kinds.setdefault(tuple(row[k] for k in keys), []).append(row)
+    console, sites = _console(), report["sites"]
+    said = [row["reason"].split("; ") for row in sites]
+    common = [part for part in said[0] if all(part in parts for parts in said)]  # said once, below
+    keys = ("target", "family", "degree", "value_rms", "slope_rms", "value_max", "parameters")
+    kinds: dict[tuple, list[str]] = {}
+    for row, parts in zip(sites, said, strict=True):
+        why = "; ".join(part for part in parts if part not in common)
+        kinds.setdefault((*(row[key] for key in keys), why), []).append(row["name"])
     columns = ["target", "sites", "family", "degree", "value rms", "slope rms", "value max", "numbers", "why"]
-    rows = [[key[0], len(kind), *key[1:]] for key, kind in kinds.items()]
-    if len(kinds) > len({row["target"] for row in report["sites"]}):  # sites of one target differ
+    rows = [[kind[0], len(names), *kind[1:]] for kind, names in kinds.items()]
+    if len(kinds) > len({row["target"] for row in sites}):  # sites of one target differ
         columns[:2] = ["site", "target"]
-        rows = [[row["name"], *key] for key, kind in kinds.items() for row in kind]
-    console, reasons = _console(), {row[-1] for row in rows}
-    if len(reasons) == 1:  # said once
+        of = {name: kind for kind, names in kinds.items() for name in names}
+        rows = [[row["name"], *of[row["name"]]] for row in sites]
+    if not any(row[-1] for row in rows):
         columns, rows = columns[:-1], [row[:-1] for row in rows]
-    _table(f"{model}: {len(report['sites'])} sites, {report['parameters']:,} learnable numbers", columns, rows)
-    if len(reasons) == 1:
-        console.print(reasons.pop(), style="dim")
+    _table(f"{model}: {len(sites)} sites, {report['parameters']:,} learnable numbers", columns, rows)
+    if common:
+        console.print("; ".join(common), style="dim")
     for item in made.left:
         console.print(f"left: {item.where or '(model)'} {item.function}: {item.reason}", style="dim")
     if "recovery" in report:
@@ -608,7 +604,8 @@ def verify(out, base, task, dtype, revision, trust_remote_code, device, as_json,
         ]
         _table("bit-equal to its base" if result["verified"] else "not its base", ["", ""], rows)
     if not result["verified"]:
-        wrong = [f"{k}: {', '.join(result[k][:3])}" for k in ("differ", "missing", "added") if result[k]]
+        lists = [(k, result[k]) for k in ("differ", "missing", "added") if result[k]]
+        wrong = [f"{k} ({len(v)}): {', '.join(v[:3])}{', ...' * (len(v) > 3)}" for k, v in lists]
         wrong += [f"{name} {state}" for name, state in result["files"].items() if state == "differs"]
         raise OrthoactError(f"{out} is not {result['base']} with other activations: {'; '.join(wrong) or 'no tensor'}")
 

@@ -73,7 +73,8 @@ def shrink(config: dict[str, Any], *, widths: bool = True) -> dict[str, Any]:
         for k, v in config.items()
         if isinstance(v, list | tuple) and v and LISTED.search(str(k)) and all(type(i) is int for i in v)
     ]
-    most = max([2, *(len(config[k]) for k in indices)])
+    each = config.get("num_hidden_layers")  # a list of as many numbers has one for each layer
+    most = max([2, *(len(config[k]) for k in indices if len(config[k]) != each)])
     for key, value in config.items():
         if type(value) is int and LAYERS.match(str(key)) and key not in KEPT_LAYERS and value > most:
             lengths[value] = small[key] = most
@@ -83,6 +84,8 @@ def shrink(config: dict[str, Any], *, widths: bool = True) -> dict[str, Any]:
         if isinstance(value, dict):
             plain = key in ("id2label", "label2id") or not all(isinstance(k, str) for k in value)
             small[key] = value if plain else shrink(value, widths=widths)
+        elif key in indices and len(value) == each and each in lengths:
+            small[key] = list(value[: lengths[each]])
         elif key in indices and lengths:
             first = 1 if key in ("out_indices",) else 0
             if max(value) + 1 - first >= most:

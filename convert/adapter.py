@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +18,7 @@ from typing import Any, cast
 import peft
 import torch
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from peft.config import PeftConfigMixin
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import load_peft_weights, register_peft_method, set_peft_model_state_dict
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from ..interp.activation import TENSORS, Activation
 from ..interp.errors import OrthoactError
 from .calls import Shared, expose_, hide_
-from .files import read_json
+from .files import bounded, read_json
 from .names import CONFIG, DEMO, DEMO_NAME, METHOD, WEIGHTS, portable
 from .provenance import recorded_sha256, weight_files, weights_folder
 from .record import (
@@ -48,6 +49,7 @@ from .record import (
 )
 from .sites import recognise
 from .sources import Source, load_source
+from .transformers_hooks import wrap
 
 TESTED = ("0.21", "0.21")
 """First and last minor version of PEFT that the tests ran on."""
@@ -502,6 +504,16 @@ def load_into(model: Any, name: str, adapter_name: str, *, is_trainable: bool = 
     return {key for key in result.missing_keys if f".{adapter_name}." in key}
 
 
+def _bounded(old: Callable) -> Callable:
+    """PEFT reads the configuration of an adapter whole, and before it knows whose it is."""
+
+    def from_json_file(cls, path_json_file, **kwargs):
+        bounded(path_json_file)
+        return old(cls, path_json_file, **kwargs)
+
+    return from_json_file
+
+
 def register() -> None:
     """Make the method known to PEFT; doing it twice changes nothing.
 
@@ -518,6 +530,7 @@ def register() -> None:
         PeftType._member_map_[METHOD] = PeftType._value2member_map_[METHOD] = member
         PeftType._member_names_.append(METHOD)
         type.__setattr__(PeftType, METHOD, member)  # Python 3.12 looks members up on the class
+    wrap(PeftConfigMixin, "from_json_file", _bounded)
     if PeftType(METHOD) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name=METHOD.lower(), config_cls=OrthoactConfig, model_cls=OrthoactModel)
 

@@ -232,7 +232,7 @@ class _Watcher:
             self.called[name] += 1
             if args and isinstance(args[0], Tensor):  # before the call: an in-place activation overwrites its input
                 x = args[0]
-                axis = self.produced.get(tuple(x.shape))
+                axis = module.__dict__.get("_orthoact_channel") or self.produced.get(tuple(x.shape))
                 if axis is None and x.dim() <= 3:
                     axis = -1
                 if axis is not None and x.dim():

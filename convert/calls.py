@@ -47,8 +47,13 @@ FUSED = {"causal_conv1d_fn", "causal_conv1d_update"}
 """Functions that end with the activation that `activation` names, if any; prefill and decoding call one each."""
 
 
-ONE = "fused"
-"""Name of the child for all of them in a class: they are the same place of the network."""
+GATED = ("selective_scan", "selective_scan_fn", "selective_state_update")
+"""How the names of functions end that multiply what they give by SiLU of `z`, if there is one."""
+WHOLE = ("mamba_inner_fn", "split_conv1d_scan_combined")
+"""How the names of functions end that run a block in one kernel while it trains; they give None where there is none."""
+
+ONCE = {"fused": "fused", "gate": "silu"}
+"""Names of the child for all calls of FUSED, and of GATED, in a class: they are the same place of the network."""
 
 
 class Call(nn.Module):
@@ -84,6 +89,17 @@ class Shared(nn.Module):
 def scaled_silu(x: Tensor, scale: float = 1.0) -> Tensor:
     """X sigmoid(scale x), as models write it out."""
     return x * torch.sigmoid(scale * x)
+
+
+def gated(out: Any, gate: Tensor | None, act: nn.Module, step: bool) -> Any:
+    """What a scan without a gate gives, times the activation of the gate; a tuple holds the last state too.
+
+    In one `step` of decoding the gate has no axis of time: all behind the first are channels.
+    """
+    if gate is None:
+        return out
+    factor = act(gate.flatten(1)).view_as(gate) if step else act(gate)
+    return (out[0] * factor, *out[1:]) if isinstance(out, tuple) else out * factor
 
 
 # -- exposing and hiding ----------------------------------------------------------------------------------------------
@@ -126,7 +142,7 @@ def hide_(owners: Iterable[nn.Module]) -> None:
     for owner in list(owners):
         held = children_of(owner)
         kept = {name: child for name, child in held.items() if not getattr(child, "_orthoact_call", False)}
-        if len(kept) < len(held):
+        if len(kept) < len(held) or (not kept and type(owner) is not base_of(owner)):
             _settle(owner, base_of(owner), kept)
 
 
@@ -147,7 +163,8 @@ def _settle(owner: nn.Module, base: type[nn.Module], children: dict[str, nn.Modu
         del owner._modules[name]
         if name in stored:
             owner.__dict__[name] = stored.pop(name)
-    owner.__class__ = rewritten(base, tuple(sorted(children))) if children else base
+    apart = bool(children) or (runs_whole(base) and any(isinstance(m, Activation | Shared) for m in owner.modules()))
+    owner.__class__ = rewritten(base, tuple(sorted(children))) if apart else base
     for name, child in children.items():
         if name in owner.__dict__:
             stored[name] = owner.__dict__.pop(name)
@@ -188,6 +205,8 @@ class Slot:
     """What is called; None for x sigmoid(scale x) written out, or for the name of an activation in `arguments`."""
     arguments: tuple[tuple[str | int, ast.expr], ...]
     """Its arguments beside the input, by name or place."""
+    channel: int | None = None
+    """The axis of its input that counts channels, where the function tells."""
 
 
 @functools.cache
@@ -198,11 +217,19 @@ def slots_of(cls: type[nn.Module]) -> tuple[Slot, ...]:
     for owner, method, node in _methods(cls):
         for call in sorted(_candidates(node), key=lambda c: (c[0].lineno, c[0].col_offset)):
             expression, name, function, arguments = call
-            n = names[name] = 0 if name == ONE else names.get(name, -1) + 1
-            child = name if name.startswith("self.") else f"{PREFIX}{name}{f'_{n}' if n else ''}"
-            me = node.args.args[0].arg
+            n = names[name] = 0 if name in ONCE else names.get(name, -1) + 1
+            child = name if name.startswith("self.") else f"{PREFIX}{ONCE.get(name, name)}{f'_{n}' if n else ''}"
             found.append(
-                Slot(child.removeprefix("self."), owner, method, me, _position(expression), function, arguments)
+                Slot(
+                    child=child.removeprefix("self."),
+                    owner=owner,
+                    method=method,
+                    me=node.args.args[0].arg,
+                    position=_position(expression),
+                    function=function,
+                    arguments=arguments,
+                    channel=1 if name in ONCE else None,
+                )
             )
     return tuple(found)
 
@@ -273,9 +300,14 @@ def _candidates(method: ast.FunctionDef) -> Iterator[tuple[Any, str, ast.expr | 
 def _called(node: ast.Call, me: str) -> tuple[str, ast.expr | None, ast.expr, tuple] | None:
     """Name, function, input and further arguments of a call that may be one of an activation."""
     function = node.func
-    if ast.unparse(function).rpartition(".")[2] in FUSED:
-        named = [k for k in node.keywords if k.arg == "activation"]
-        return (ONE, None, node, (("activation", named[0].value),)) if named else None
+    if isinstance(function, ast.Name | ast.Attribute):
+        last = function.id if isinstance(function, ast.Name) else function.attr
+        given = {k.arg: k.value for k in node.keywords}
+        if last in FUSED:
+            return ("fused", None, node, (("activation", given["activation"]),)) if "activation" in given else None
+        if last.endswith(GATED):
+            none = ast.unparse(given.get("z", ast.Constant(None))) == "None"
+            return None if none else ("gate", None, node, (("activation", ast.Constant("silu")),))
     if any(isinstance(a, ast.Starred) for a in node.args) or any(k.arg is None for k in node.keywords):
         return None
     keywords = [(k.arg, k.value) for k in node.keywords]
@@ -338,6 +370,16 @@ def mentions(cls: type[nn.Module]) -> bool:
     return any(slot.child.startswith(PREFIX) for slot in slots_of(cls))
 
 
+@functools.cache
+def runs_whole(cls: type[nn.Module]) -> bool:
+    """Whether a block of this class may run in one kernel, past the activations that its modules hold."""
+    return any(_is_whole(node) for _, _, method in _methods(cls) for node in ast.walk(method))
+
+
+def _is_whole(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node.func).endswith(WHOLE)
+
+
 # -- what a module calls ----------------------------------------------------------------------------------------------
 
 
@@ -351,6 +393,7 @@ def _calls(owner: nn.Module, base: type[nn.Module]) -> dict[str, nn.Module]:
         if slot.child.startswith(PREFIX):
             child = _resolve(slot, owner)
             if child is not None:
+                child.__dict__["_orthoact_channel"] = slot.channel
                 found[slot.child] = child
     found = {name: child for name, child in found.items() if _is_activation(child)}
     for child in found.values():
@@ -465,7 +508,7 @@ def rewritten(base: type[nn.Module], children: tuple[str, ...]) -> type[nn.Modul
     body: dict[str, Any] = {}
     for owner, method, node in _methods(base):
         mine = {s.position: s.child for s in slots if s.owner is owner and s.method == method}
-        if mine:
+        if mine or any(_is_whole(part) for part in ast.walk(node)):
             body[method] = _compiled(owner, node, mine)
     body |= {"_orthoact_base": base, "_orthoact_children": children}
     body |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
@@ -502,7 +545,7 @@ def _compiled(owner: type, method: ast.FunctionDef, children: dict[tuple[int, ..
     shell = ast.ClassDef(owner.__name__, [], [], [new], [])
     if sys.version_info >= (3, 12):
         shell.type_params = []
-    make = ast.parse("def make(__orthoact_class__): pass").body[0]
+    make = ast.parse("def make(__orthoact_class__, __orthoact_gated__): pass").body[0]
     assert isinstance(make, ast.FunctionDef)
     make.body = [shell, ast.Return(ast.Name(owner.__name__, ast.Load()))]
     ast.copy_location(shell, method)
@@ -510,7 +553,7 @@ def _compiled(owner: type, method: ast.FunctionDef, children: dict[tuple[int, ..
     module, made = sys.modules[owner.__module__], {}
     try:
         exec(compile(tree, str(module.__file__), "exec"), vars(module), made)
-        return made["make"](owner).__dict__[method.name]
+        return made["make"](owner, gated).__dict__[method.name]
     except Exception as error:  # a decorator of any library
         raise OrthoactError(
             f"{owner.__name__}.{method.name} could not be compiled with its activations as modules "
@@ -524,6 +567,8 @@ class _Replace(ast.NodeTransformer):
 
     def visit(self, node: ast.AST) -> Any:
         at = _position(node) if isinstance(node, ast.expr | ast.AugAssign) else ()
+        if _is_whole(node):  # as where there is no such kernel: the block then asks its modules
+            return ast.copy_location(ast.Constant(None), node)
         taken = self._input(node) if at in self.children else None
         if taken is None:
             node = self.generic_visit(node)
@@ -533,6 +578,9 @@ class _Replace(ast.NodeTransformer):
             return node
         function = ast.Attribute(ast.Name(self.me, ast.Load()), self.children.pop(at), ast.Load())
         call = ast.Call(function, [self.visit(taken)], [])
+        if isinstance(node, ast.Call) and (gate := next((k.value for k in node.keywords if k.arg == "z"), None)):
+            step = ast.Constant(ast.unparse(node.func).endswith("state_update"))
+            call = ast.Call(ast.Name("__orthoact_gated__", ast.Load()), [call.args[0], gate, function, step], [])
         if isinstance(node, ast.AugAssign):
             return ast.copy_location(ast.Assign([node.target], call), node)
         return ast.copy_location(call, node)
@@ -546,7 +594,7 @@ class _Replace(ast.NodeTransformer):
             bare = copy.deepcopy(node)  # the function goes on without its activation
             bare.end_col_offset = -1  # another expression now: not to be replaced again
             for keyword in bare.keywords:
-                if keyword.arg == "activation":
+                if keyword.arg in ("activation", "z"):
                     keyword.value = ast.copy_location(ast.Constant(None), keyword.value)
             return bare
         if isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.Mult):

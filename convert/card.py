@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..interp.errors import OrthoactError
 from ..interp.plot import plot_curves
 from ..interp.targets import get_target
 from .folder import read_activations, read_json, read_record, read_report
-from .names import DEMO_NAME, is_adapter
+from .names import DEMO_NAME, is_adapter, portable
 
 MARK = "<!-- written by orthoact: a card without this line is left as it is -->"
 """What tells a card that may be replaced."""
@@ -24,6 +25,13 @@ PICTURE = "activations.png"
 """The picture of the curves beside the card."""
 
 HUB_ID = re.compile(r"[\w][\w.-]{0,95}/[\w][\w.-]{0,95}|[\w][\w.-]{0,95}")
+
+TRAINED = {
+    "causal-lm": "text-generation",
+    "sequence-classification": "text-classification",
+    "image-classification": "image-classification",
+}
+"""The Hub's name of each task of a recipe."""
 
 MEASURES = {
     "kl": ("kl", "KL divergence from the original, nats per position"),
@@ -65,11 +73,14 @@ def make_card(folder: str | Path, repo: str = "") -> dict[str, bytes]:
     families = sorted({f"{entry['family']} {entry['degree']}" for entry in record["sites"].values()})
     numbers = sum(act.theta.numel() for act in acts.values())
     name = base.get("model")
+    training = report.get("training") or {}
     what = (
         f"{_linked(name)} with its {len(acts)} fixed activations replaced by learnable ones of the "
-        f"famil{'ies' if len(families) > 1 else 'y'} {', '.join(families)}, which start as faithful copies. "
-        + ("This is an adapter: it holds the activations alone." if adapter else "")
+        f"famil{'ies' if len(families) > 1 else 'y'} {', '.join(families)}, which start as faithful copies"
+        + (f" and were fine-tuned with `{training['what']}`." if "what" in training else ".")
+        + (" This is an adapter: it holds the activations alone." if adapter else "")
     )
+    commands = [line for line in dict.fromkeys([made.get("command"), training.get("command")]) if line]
     facts = {
         "base model": f"{_linked(name)}{', revision `' + base['revision'] + '`' if base.get('revision') else ''}",
         "activations": str(len(acts)),
@@ -81,14 +92,15 @@ def make_card(folder: str | Path, repo: str = "") -> dict[str, bytes]:
         template_str=(Path(__file__).parent / "card.md").read_text(encoding="utf-8"),
         mark=MARK,
         title=title,
-        what=what,
+        what=what[0].upper() + what[1:],
         picture=f"![the activations and their errors]({PICTURE})",
         facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
         loading=_loading(where, name, config, adapter=adapter, timm=timm),
-        fidelity=_fidelity(report.get("fidelity")),
+        training=_training(training),
+        fidelity=_fidelity(report.get("fidelity"), report.get("recovery"), trained=bool(training)),
         sites=_sites(record, report, acts),
         left=_left(report.get("left")),
-        command=made.get("command") or f"# in Python: orthoact.convert_(model); the record names {', '.join(families)}",
+        command="\n".join(commands) or f"# in Python: orthoact.convert_(model); the record names {', '.join(families)}",
         made=_made(record, made, base),
     )
     return {"README.md": card.content.encode(), PICTURE: picture(acts)}
@@ -119,6 +131,20 @@ def _metadata(record, report, base, config, title, *, adapter: bool, timm: bool)
                     metric_value=fidelity[key],
                 )
             )
+    training = report.get("training") or {}
+    split, figures = _measured(training)
+    for key, value in figures.items():
+        results.append(
+            EvalResult(
+                task_type=task or TRAINED.get(training["recipe"]["task"], "other"),
+                dataset_type=portable(training["recipe"]["data"]["path"]) or "data",
+                dataset_name=_dataset(training["recipe"]["data"]),
+                dataset_split=split,
+                metric_type=key,
+                metric_name=f"{key}, {split}",
+                metric_value=value,
+            )
+        )
     if "auto_map" in config:
         tags.append("custom_code")
     return ModelCardData(
@@ -212,14 +238,49 @@ def _auto(architecture: str) -> str:
     return next((auto for ending, auto in endings.items() if architecture.endswith(ending)), "AutoModel")
 
 
-def _fidelity(found: dict[str, Any] | None) -> str:
+def _measured(training: dict[str, Any]) -> tuple[str, dict[str, float]]:
+    """The split that fine-tuning was measured on last, and the figures on it that JSON has a number for."""
+    split = next((name for name in ("test", "validation") if training.get(name)), "")
+    return split, {k: v for k, v in training.get(split, {}).items() if isinstance(v, int | float) and isfinite(v)}
+
+
+def _dataset(data: dict[str, Any]) -> str:
+    where = DATA["demo"][0] if data["path"] == "demo" else portable(data["path"])
+    return " ".join(part for part in (where, data.get("subset")) if part)
+
+
+def _training(training: dict[str, Any]) -> str:
+    """What fine-tuning changed, in the figures of its own splits."""
+    figures = _measured(training)[1]
+    if not figures:
+        return ""
+    columns = [("before, validation", "zero_step"), ("after, validation", "validation"), ("after, test", "test")]
+    columns = [(words, key) for words, key in columns if training.get(key)]
+    head = f"| | {' | '.join(words for words, _ in columns)} |\n|---|{'---|' * len(columns)}"
+    cells = {name: [f"{training[key][name]:.6g}" for _, key in columns] for name in figures}
+    rows = [f"| {name} | {' | '.join(row)} |" for name, row in cells.items()]
+    return (
+        f"## What fine-tuning gave\n\n{training['trainable']} numbers trained ({training['what']}) for "
+        f"{training['step']} steps on {_dataset(training['recipe']['data'])}:\n\n" + "\n".join([head, *rows])
+    )
+
+
+def _fidelity(found: dict[str, Any] | None, recovery: dict[str, Any] | None, *, trained: bool) -> str:
     if not found:
-        return "It was not measured at the conversion: `orthoact evaluate` does."
+        when = "after its fine-tuning" if trained else "at the conversion"
+        return f"It was not measured {when}: `orthoact evaluate` does."
     unit = next((k for k in ("tokens", "texts", "images") if k in found), None)
     over = f"{found[unit]} {unit} of " if unit else ""
     words = DATA.get(found.get("data", ""), ("data", None))[0]
     rows = [f"| {words_} | {found[key]:.6g} |" for key, (_, words_) in MEASURES.items() if key in found]
-    return f"Measured at the conversion on {over}{words}:\n\n| | |\n|---|---|\n" + "\n".join(rows)
+    told = ""
+    if recovery:
+        told = (
+            f"The activations were then trained towards the original's output for {recovery['steps']} steps on "
+            f"`{recovery['data']}`: divergence on its held-out part {recovery['divergence_before']:.3g} before, "
+            f"{recovery['divergence']:.3g} after.\n\n"
+        )
+    return f"{told}Measured at the conversion on {over}{words}:\n\n| | |\n|---|---|\n" + "\n".join(rows)
 
 
 def _sites(record: dict[str, Any], report: dict[str, Any], acts: dict[str, Activation]) -> str:
@@ -235,7 +296,11 @@ def _sites(record: dict[str, Any], report: dict[str, Any], acts: dict[str, Activ
         if errors:
             cells += [f"{row[key]:.2e}" if key in row else "" for key in ("value_rms", "slope_rms")]
         lines.append(f"| {' | '.join(cells)} |")
-    note = "\n\nThe errors are root mean squares of the fit under the law that it was made for." if errors else ""
+    note = (
+        "\n\nThe errors are root mean squares of the fit, before any training, under the law that it was made for."
+        if errors
+        else ""
+    )
     return "\n".join(lines) + note
 
 

@@ -177,6 +177,16 @@ def save(
     return out
 
 
+def _set_apart(model: Any, tensors: dict[str, Any], *_: Any) -> None:
+    """Copies of what several modules hold (CoaT): safetensors writes no tensor twice, timm reads every name."""
+    seen = set()
+    for name, tensor in tensors.items():
+        at = tensor.untyped_storage().data_ptr()
+        if at in seen:
+            tensors[name] = tensor.clone()
+        seen.add(at)
+
+
 def described(source: Source) -> dict[str, Any]:
     """What the base's own card says of it and is carried on: licence, language, task."""
     from huggingface_hub import metadata_load
@@ -199,7 +209,11 @@ def write_weights(model: Any, folder: Path) -> None:
     elif hasattr(model, "pretrained_cfg"):
         from timm.models import save_for_hf
 
-        save_for_hf(model, str(folder), safe_serialization=True)
+        hook = model.register_state_dict_post_hook(_set_apart)
+        try:
+            save_for_hf(model, str(folder), safe_serialization=True)
+        finally:
+            hook.remove()
         # transformers' TimmWrapper gives num_classes itself and fails where model_args has it too
         path = folder / "config.json"
         config = json.loads(path.read_text(encoding="utf-8"))

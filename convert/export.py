@@ -74,8 +74,11 @@ def export(
         model = load_source(name, **options).model
         with _written(path) as new:
             facts = export_model(model, new, format=format, atol=atol)
-    beside = path.with_name(f"{path.name}.data")
-    size = path.stat().st_size + (beside.stat().st_size if format == "onnx" and beside.is_file() else 0)
+            second = new.with_name(f"{new.name}.data").is_file()
+        if format == "onnx" and not second:  # of a larger model that was here before
+            path.with_name(f"{path.name}.data").unlink(missing_ok=True)
+    held = [path, path.with_name(f"{path.name}.data")] if format == "onnx" else [path]
+    size = sum(file.stat().st_size for file in held if file.is_file())
     return {"output": str(path), "format": format, "bytes": size, **facts}
 
 

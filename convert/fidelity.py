@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..interp.activation import original
+from ..interp import engine
+from ..interp.activation import counted, original
 from ..interp.errors import OrthoactError
 from .data import Batches, batches, predicts_next, takes_images
 from .sources import Source, load_source
@@ -63,14 +64,15 @@ def evaluate(
     toggle: Callable[[], AbstractContextManager] = (lambda: original(model)) if against is None else nullcontext
     device = next(model.parameters()).device
     sums, count = _Sums(), 0
-    with torch.inference_mode():
+    with torch.inference_mode(), ExitStack() as stack:
         for done, batch in enumerate(inputs):
             batch = {k: v.to(device) for k, v in batch.items()}
             labels = batch.pop("labels", None)
             try:
                 with toggle():
                     base = outputs(reference, batch)
-                new = outputs(model, batch)
+                with counted(model) as values:
+                    new = outputs(model, batch)
             except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
                 raise OrthoactError(
                     f"{source.name}: the model does not run on the {inputs.name} batch "
@@ -78,6 +80,9 @@ def evaluate(
                     f"give it data that fit with --data"
                 ) from error
             count += _count(inputs, batch)
+            if not done:
+                left = sum(values) * (len(inputs.items) - 1)
+                stack.enter_context(engine.using(engine.suited(left, training=False)))
             _compare(sums, model, inputs, batch, base, new, labels)
             if progress:
                 progress(done + 1, len(inputs.items))

@@ -12,6 +12,13 @@ MOST_BYTES = 2**26
 """Size of a JSON file from which it is not read."""
 
 
+def bounded(path: str | Path) -> None:
+    """Refuse a JSON file beyond all bounds before anybody reads it; one that is not there is theirs to miss."""
+    path = Path(path)
+    if path.is_file() and path.stat().st_size > MOST_BYTES:
+        raise OrthoactError(f"{path}: {path.stat().st_size} bytes: expected a file of at most {MOST_BYTES}")
+
+
 def read_json(path: Path, *, strict: bool = True) -> dict[str, Any]:
     """A JSON object in a file; `OrthoactError` for anything else, or for one beyond all bounds.
 
@@ -25,9 +32,8 @@ def read_json(path: Path, *, strict: bool = True) -> dict[str, Any]:
             raise OrthoactError(f"{path}: it names {twice[:60]!r} twice; the file is damaged")
         return dict(pairs)
 
+    bounded(path)
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise OrthoactError(f"{path}: {path.stat().st_size} bytes: expected a file of at most {MOST_BYTES}")
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
     except FileNotFoundError as error:
         raise OrthoactError(f"{path.parent}: there is no {path.name}; give the folder that orthoact wrote") from error

@@ -20,6 +20,12 @@ def _configuration(module: ModuleType) -> None:
     patch_configuration(module)
 
 
+def _validators(module: ModuleType) -> None:
+    from .transformers_hooks import patch_validators
+
+    patch_validators(module)
+
+
 def _modeling(module: ModuleType) -> None:
     from .transformers_hooks import patch_modeling
 
@@ -50,6 +56,7 @@ def _timm(module: ModuleType) -> None:
 
 PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "transformers.configuration_utils": _configuration,
+    "transformers.utils.type_validators": _validators,
     "transformers.modeling_utils": _modeling,
     "transformers.models.auto.auto_factory": _auto,
     "transformers.integrations.peft": _adapters,

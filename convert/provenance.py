@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -120,6 +121,13 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def own_command() -> list[str]:
+    """The command line of this process as it was given; nothing where another program calls these functions."""
+    started = Path(sys.argv[0])
+    ours = started.name.removesuffix(".exe") == "orthoact" or started == Path(__file__).parent.parent / "__main__.py"
+    return ["orthoact", *sys.argv[1:]] if ours else []
 
 
 def command_line(arguments: Iterable[str]) -> str | None:

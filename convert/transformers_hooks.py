@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
+from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 from ..interp.activation import Activation
 from ..interp.errors import OrthoactError
-from .files import read_json
+from .files import bounded, read_json
 from .names import CONFIG, METHOD, resolve
 from .record import SENTINEL, absent, check_tensors, holds, install, located, missing, seal, unseal
 
@@ -25,7 +26,7 @@ TESTED = ("5.20", "5.24")
 """First and last minor version of transformers that the tests ran on."""
 
 
-def _wrap(cls: type, name: str, make: Callable[[Callable], Callable]) -> None:
+def wrap(cls: type, name: str, make: Callable[[Callable], Callable]) -> None:
     """Replace a method once; `make` gets the old one and gives the new one."""
     old = cls.__dict__[name]
     function = old.__func__ if isinstance(old, classmethod) else old
@@ -83,9 +84,26 @@ def patch_configuration(module: ModuleType) -> None:
 
         return get_config_dict
 
-    _wrap(module.PreTrainedConfig, "get_config_dict", get_config_dict)
-    _wrap(module.PreTrainedConfig, "to_dict", to_dict)
-    _wrap(module.PreTrainedConfig, "from_dict", from_dict)
+    def from_file(old):
+        def _dict_from_json_file(cls, json_file, *args, **kwargs):
+            bounded(json_file)  # from the folder of somebody else, and read whole
+            config = old(cls, json_file, *args, **kwargs)
+            if config.get(SENTINEL) and not absent.get():
+                read_json(Path(json_file))  # refuses names that are there twice
+            return config
+
+        return _dict_from_json_file
+
+    wrap(module.PreTrainedConfig, "_dict_from_json_file", from_file)
+    wrap(module.PreTrainedConfig, "get_config_dict", get_config_dict)
+    wrap(module.PreTrainedConfig, "to_dict", to_dict)
+    wrap(module.PreTrainedConfig, "from_dict", from_dict)
+
+
+def patch_validators(module: ModuleType) -> None:
+    """A config made of what to_dict gave is unsealed as its model is built; until then the sentinel passes."""
+    if SENTINEL not in getattr(module, "ACT2FN", {SENTINEL}):
+        module.__dict__["ACT2FN"] = ChainMap(module.ACT2FN, {SENTINEL: None})
 
 
 def with_parts(config: dict[str, Any], cls: Any) -> dict[str, Any]:
@@ -151,6 +169,9 @@ def patch_modeling(module: ModuleType) -> None:
 
     def from_pretrained(old):
         def from_pretrained(cls, name=None, *args, **kwargs):
+            if isinstance(name, str | Path):
+                for path in [*Path(name).glob("*.index.json"), Path(name) / "generation_config.json"]:
+                    bounded(path)
             result = old(cls, known_name(name), *args, **kwargs)
             check_loaded(result[0] if isinstance(result, tuple) else result)
             return result
@@ -190,7 +211,7 @@ def patch_modeling(module: ModuleType) -> None:
         ("save_pretrained", save_pretrained),
         ("set_use_kernels", set_use_kernels),
     ):
-        _wrap(cls, name, make)
+        wrap(cls, name, make)
 
 
 def patch_auto(module: ModuleType) -> None:
@@ -210,7 +231,7 @@ def patch_auto(module: ModuleType) -> None:
     for cls in classes:  # those that are there already have a copy of the method
         classes += cls.__subclasses__()
         if "from_pretrained" in cls.__dict__:
-            _wrap(cls, "from_pretrained", from_pretrained)
+            wrap(cls, "from_pretrained", from_pretrained)
 
 
 def patch_adapters(module: ModuleType) -> None:
@@ -232,7 +253,7 @@ def patch_adapters(module: ModuleType) -> None:
 
         return load_adapter
 
-    _wrap(module.PeftAdapterMixin, "load_adapter", load_adapter)
+    wrap(module.PeftAdapterMixin, "load_adapter", load_adapter)
 
 
 def _adapter_options(name: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from .._version import __version__
 from ..convert.checkpoint import check_output, replacing, save
+from ..convert.provenance import own_command
 from ..convert.sources import REPORT, Source
 from ..interp.errors import OrthoactError
 from .recipe import Recipe
@@ -76,8 +77,9 @@ def keep_lines(path: Path, step: int) -> None:
 
 def finish(model: nn.Module, out: Path, source: Source, record: dict[str, Any]) -> None:
     """Write the model into the folder of the run, config.json last: without it nothing loads the folder."""
+    seed = record["training"]["recipe"]["seed"]
     with _emptied(out / ".model") as folder:
-        save(model, folder, source=source, report=record)
+        save(model, folder, source=source, report=record, seed=seed, command=own_command())
         for name in sorted(
             (p.name for p in folder.iterdir()), key=lambda name: (name == "config.json", name == REPORT)
         ):

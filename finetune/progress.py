@@ -18,6 +18,8 @@ class Progress:
 
         self.metric = "perplexity" if recipe.task == "causal-lm" else BEST[recipe.task][0]
         self.console = Console(stderr=True, highlight=False)
+        if not self.console.is_terminal:
+            self.console.width = 120
         self.on = accelerator.is_main_process and not quiet
         speed = TextColumn("{task.fields[speed]}")
         columns = (

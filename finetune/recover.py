@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..convert.data import Batches, batches, predicts_next
+from ..convert.names import portable
 from ..convert.sources import Source
 from ..interp.errors import OrthoactError
 from .distill import Distillation
@@ -56,9 +57,9 @@ def recover(
     end than at the start, the start is kept. `limit` bounds the texts, images or tokens that are read; by default what
     the steps can take.
 
-    Returns `data` as given, `steps`, `trained` (numbers), `swap`, `divergence_before`, `divergence` (of the held-out
-    part, see `Distillation`), `outside` (the largest share of a site's inputs outside its core) and `seconds`. Raises
-    `OrthoactError` for data that do not fit or are too few.
+    Returns `data` (of a path of this machine the last part), `steps`, `trained` (numbers), `swap`, `divergence_before`,
+    `divergence` (of the held-out part, see `Distillation`), `outside` (the largest share of a site's inputs outside its
+    core) and `seconds`. Raises `OrthoactError` for data that do not fit or are too few.
     """
     model = source.model
     if steps < 1:
@@ -117,7 +118,7 @@ def recover(
     trainable.finish()
     model.eval()
     return {
-        "data": str(data),
+        "data": portable(str(data)),
         "steps": steps,
         "trained": trainable.total,
         "swap": swap,

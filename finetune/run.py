@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from ..convert.provenance import command_line, own_command
 from ..convert.sources import Source
+from ..interp import engine
+from ..interp.activation import counted
 from ..interp.errors import OrthoactError
 from .data import Examples, make_examples, read_rows
 from .distill import Distillation
-from .evaluate import Objective, measure, task_loss
+from .evaluate import Objective, logits, measure, task_loss
 from .examples import Stream
 from .folder import METRICS, begin, finish, keep_lines
 from .launch import make_accelerator, start_tracker
@@ -28,6 +31,7 @@ from .monitor import Monitor
 from .parameters import Trainable, choose
 from .progress import Progress
 from .recipe import Recipe, read
+from .sections import Train
 from .state import STATE, States, is_sharded, whole_state
 from .swap import Swap
 
@@ -78,6 +82,7 @@ def train(
         )
     if accelerator.is_main_process:
         model = trainable.finish()
+        facts["command"] = command_line(own_command())
         finish(model, out, source, {**record, "training": facts})
     accelerator.wait_for_everyone()
     return facts | {"output": str(output or recipe.name)} if accelerator.is_main_process else {}
@@ -103,12 +108,13 @@ def run(
         trainable = choose_what(source.model, recipe)
         count = trainable.count
         parts = ", ".join(f"{number:,} of {name}" for name, number in count.items())
-        tell(f"what trains: {parts or 'nothing'}; {_sizes(examples)}")
+        path = suited_path(trainable.model, examples, chosen)
+        tell(f"what trains: {parts or 'nothing'}; {_sizes(examples)}; activations {path}")
         if chosen.gradient_checkpointing:
             _checkpoint_gradients(trainable.model)
         loss, told = make_loss(trainable.model, recipe)
         objective = Objective(trainable.model, loss)
-        with Monitor(trainable.model, penalise=chosen.boundary_penalty > 0) as monitor:
+        with engine.using(path), Monitor(trainable.model, penalise=chosen.boundary_penalty > 0) as monitor:
             total = chosen.max_steps * chosen.accumulate * chosen.batch_size * accelerator.num_processes
             job = Job(
                 objective=objective,
@@ -129,11 +135,18 @@ def run(
             found = loop(job, accelerator)
         test = DataLoader(examples.test, chosen.evaluation_batch_size or chosen.batch_size, collate_fn=examples.collate)
         prepared = found.pop("objective")
-        figures = measure(prepared, accelerator.prepare(test), recipe.task, accelerator)
+        with engine.using(path):
+            figures = measure(prepared, accelerator.prepare(test), recipe.task, accelerator)
     for tracker in accelerator.trackers:
         tracker.finish()
     facts = {"recipe": recipe.public(), "what": chosen.what, "trainable": sum(count.values()), "trainable_by": count}
-    facts |= {"processes": accelerator.num_processes, "train": _size(examples.train), **found, "test": figures}
+    facts |= {
+        "path": path,
+        "processes": accelerator.num_processes,
+        "train": _size(examples.train),
+        **found,
+        "test": figures,
+    }
     facts |= {"total_seconds": round(perf_counter() - start, 3), "peak_memory": peak.bytes, "finished": True}
     if is_sharded(prepared):
         source, trainable = _gathered(prepared, recipe, rows)
@@ -150,6 +163,16 @@ def _gathered(objective: torch.nn.Module, recipe: Recipe, rows: Any) -> tuple[So
     if held:  # of the first process; the others do not write
         Objective(trainable.model).load_state_dict(held)
     return source, trainable
+
+
+def suited_path(model: torch.nn.Module, examples: Examples, train: Train) -> str:
+    """How the activations are computed: by kernels where the steps are worth making them (`engine.suited`)."""
+    training, one = model.training, examples.collate([examples.train[0]])
+    model.eval()
+    with torch.no_grad(), counted(model) as values:
+        logits(model, one)
+    model.train(training)
+    return engine.suited(sum(values) * train.batch_size * train.accumulate * train.max_steps, training=True)
 
 
 def choose_what(model: torch.nn.Module, recipe: Recipe) -> Trainable:

@@ -354,6 +354,30 @@ def _unbound(a: np.ndarray) -> list[np.ndarray]:
 
 
 @contextmanager
+def counted(model: nn.Module):
+    """How many values pass through the activations of `model` in this block: the sum of the list that it gives.
+
+    >>> from .fit import fit
+    >>> net = nn.Sequential(Activation.from_fit(fit("gelu", degree=4)))
+    >>> with counted(net) as values:
+    ...     _ = net(torch.zeros(3, 5))
+    >>> sum(values)
+    15
+    """
+    values: list[int] = []
+
+    def count(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        values.append(inputs[0].numel())
+
+    hooks = [m.register_forward_pre_hook(count) for m in model.modules() if isinstance(m, Activation)]
+    try:
+        yield values
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
 def original(model: nn.Module):
     """Run `model` with the activations that were replaced, on the same weights: the teacher, or a control.
 

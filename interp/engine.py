@@ -1,8 +1,8 @@
-"""How activations are computed: eagerly, or by kernels that `torch.compile` makes the first time that each is needed.
+"""How activations are computed: eagerly, or by kernels that the compiler makes the first time that each is needed.
 
 Eager is the default: making a kernel takes some seconds. The environment variable `ORTHOACT_PATH`, `set_path` and
-`using` choose; `worth_compiling` says when the work is long enough. Under `torch.compile(model)` and `torch.export`
-this has no part: the formulas become part of the user's graph.
+`using` choose; where nobody has, fine-tuning and evaluation ask `suited` whether their work is long enough. Under
+`torch.compile(model)` and `torch.export` this has no part: the formulas become part of the user's graph.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .errors import OrthoactError
 PATHS = ("eager", "compiled")
 """The two ways to compute an activation outside a user's own `torch.compile`."""
 
-SAVED = 2e-9
-"""Seconds that the compiled path saves for each value, forward and backward, on two cores."""
+SAVED = {"forward": 3e-9, "both": 1e-8}
+"""Seconds that the compiled path saves for each value on two cores, forward and forward and backward, at least."""
 
 COST = 20.0
 """Seconds that making the kernels of one family and degree takes, at most."""
@@ -34,6 +34,7 @@ OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast", "cpp.max_horizonta
 
 class _State:
     path = ""
+    chosen = False
     broken = ""
     """Why kernels cannot be made here; empty while they can."""
 
@@ -45,7 +46,7 @@ def set_path(path: str) -> None:
     """Compute activations in this process by `eager` or `compiled`; `OrthoactError` for anything else."""
     if path not in PATHS:
         raise OrthoactError(f"path {path!r}: expected one of {', '.join(PATHS)}")
-    _State.path = path
+    _State.path, _State.chosen = path, True
 
 
 def get_path() -> str:
@@ -56,28 +57,34 @@ def get_path() -> str:
     'compiled'
     """
     if not _State.path:
-        set_path(os.environ.get("ORTHOACT_PATH") or "eager")
+        chosen = os.environ.get("ORTHOACT_PATH")
+        set_path(chosen or "eager")
+        _State.chosen = bool(chosen)
     return "eager" if _State.broken else _State.path
 
 
 @contextmanager
 def using(path: str):
     """Compute activations by `path` in this block."""
-    before = get_path()
+    get_path()
+    before = _State.path, _State.chosen
     set_path(path)
     try:
         yield
     finally:
-        _State.path = before
+        _State.path, _State.chosen = before
 
 
-def worth_compiling(values: float) -> bool:
-    """Whether so many values of activations, forward and backward, take long enough to pay for the kernels.
+def suited(values: float, *, training: bool) -> str:
+    """The path for work of so many values of activations: what was chosen, else compiled where it pays for the kernels.
 
-    >>> worth_compiling(2048 * 12 * 3072), worth_compiling(1e12)
-    (False, True)
+    >>> with using("eager"):
+    ...     suited(1e12, training=True)
+    'eager'
     """
-    return values * SAVED > COST
+    path = get_path()
+    worth = values * SAVED["both" if training else "forward"] > COST
+    return "compiled" if worth and not _State.chosen and not _State.broken else path
 
 
 def describe() -> str:

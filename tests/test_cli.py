@@ -10,7 +10,7 @@ import pytest
 import tiny_models as tiny
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import orthoact
 from orthoact.cli import main
@@ -159,17 +159,51 @@ def test_other_models_dtypes_and_tasks(tmp_path):
     assert base["sites"][0]["name"] == "encoder.layer.0.intermediate.intermediate_act_fn"
 
 
-def test_strict_fails_on_an_activation_that_stays(tmp_path):
-    """Mamba's gate is inside the function of a kernel: no module calls it."""
-    import transformers as tf
+FREE = """
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
-    config = tf.MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4)
-    tf.MambaForCausalLM(config).save_pretrained("mamba")
-    failed = call("inspect", "mamba", "--strict", "--json", code=1)
-    (left,) = [i for i in json.loads(failed.stdout)["left"] if i["function"] == "silu" and i["calls"]]
-    assert left["where"] == "backbone.layers.0.mixer" and "cannot be replaced" in left["reason"]
-    assert "--strict: 1 activations are left" in failed.stderr and "backbone.layers.0.mixer: silu" in failed.stderr
-    assert "--strict" in call("convert", "mamba", "-o", "out", "--strict", code=1).stderr
+
+class FreeConfig(PreTrainedConfig):
+    model_type = "free"
+    vocab_size: int = 64
+
+
+def gated(x):
+    return F.gelu(x) * x
+
+
+class FreeModel(PreTrainedModel):
+    config_class = FreeConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed, self.act, self.out = nn.Embedding(64, 8), nn.SiLU(), nn.Linear(8, 8)
+        self.post_init()
+
+    def forward(self, input_ids):
+        return self.out(gated(self.act(self.embed(input_ids))))
+"""
+
+
+def test_strict_fails_on_an_activation_that_stays(tmp_path):
+    """A function beside the classes of a model's own code calls it: no module does."""
+    folder = tmp_path / "free"
+    folder.mkdir()
+    (folder / "modeling_free.py").write_text(FREE)
+    code = {"AutoConfig": "modeling_free.FreeConfig", "AutoModel": "modeling_free.FreeModel"}
+    config = {"model_type": "free", "architectures": ["FreeModel"], "auto_map": code}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {"embed.weight": torch.randn(64, 8), "out.weight": torch.randn(8, 8), "out.bias": torch.zeros(8)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    failed = call("inspect", "free", "--trust-remote-code", "--strict", "--json", code=1)
+    report = json.loads(failed.stdout)
+    (left,) = report["left"]
+    assert left["where"] == "" and left["function"] == "gelu" and "cannot be replaced" in left["reason"]
+    assert [s["target"] for s in report["sites"]] == ["silu"]
+    assert "--strict: 1 activations are left" in failed.stderr and "gelu" in failed.stderr
+    assert "--strict" in call("convert", "free", "-o", "out", "--trust-remote-code", "--strict", code=1).stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -66,12 +66,20 @@ def test_the_coverage_is_the_measured_one():
     text = (ROOT / "benchmarks" / "census.md").read_text()
     found = {}
     for line in re.findall(r"^\| (?:all|transformers, the class).*$", text, re.MULTILINE):
-        name, models, _, _, _, share, _ = line.strip("| ").split(" | ")
+        name, models, _, _, _, share, *_ = line.strip("| ").split(" | ")
         found[name[:3]] = f"{int(models):,}", share.rstrip("%")
     (models, every), (_, alone) = found["all"], found["tra"]
     quoted = (
         f"{every} % are converted in the {models} models of the census so far, {alone} % in those of transformers alone"
     )
+    assert quoted in " ".join(README.split())
+
+
+def test_the_hostile_folders_are_the_counted_ones():
+    text = (ROOT / "benchmarks" / "hostile.md").read_text()
+    found = {name: f"{int(number):,}" for name, number in re.findall(r"\| ([\w ]+) \| (\d+) \|", text)}
+    cases, refused, sound = (found[name] for name in ("cases", "refused", "sound"))
+    quoted = f"of {cases} damaged ones {refused} are refused in one sentence and {sound} still compute"
     assert quoted in " ".join(README.split())
 
 

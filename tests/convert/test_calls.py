@@ -181,3 +181,69 @@ def test_blocks_that_hide_their_activation_are_refused(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(OrthoactError, match="use_kernels on the converted OpenAIGPTLMHeadModel"):
         tf.OpenAIGPTLMHeadModel.from_pretrained(tmp_path, use_kernels=True)
+
+
+STATES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 64}
+SCANS = {
+    "mamba": lambda: tf.MambaForCausalLM(tf.MambaConfig(**STATES, state_size=8)),
+    "jamba": lambda: tf.JambaForCausalLM(
+        tf.JambaConfig(**STATES, **HEADS, num_experts=2, mamba_d_state=8, attn_layer_period=2, attn_layer_offset=1)
+    ),
+    "falcon_h1": lambda: tf.FalconH1ForCausalLM(
+        tf.FalconH1Config(**STATES, **HEADS, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SCANS)
+@pytest.mark.parametrize("groups", [None, 4])
+def test_the_gate_of_a_scan_is_one_site_in_prefill_and_decoding(kind, groups):
+    model = lively(SCANS[kind]())
+    kinds = {name: type(m) for name, m in model.named_modules()}
+    ids = torch.randint(5, 96, (2, 9))
+
+    def both():
+        with torch.no_grad():
+            whole = model(ids).logits[:, -1]
+            return whole, model(ids[:, -1:], cache=model(ids[:, :-1]).cache).logits[:, -1]
+
+    before = both()
+    torch.testing.assert_close(*before)
+    sites = [s.name for s in orthoact.convert_(model, groups=groups).plan.sites]
+    gates = [n for n in sites if n.endswith("functional_silu")]
+    assert gates and len([n for n in sites if n.endswith("functional_fused")]) == len(gates)
+    torch.testing.assert_close(*both())
+    for name in gates:
+        act = model.get_submodule(name)
+        with torch.no_grad():
+            act.theta += 0.3 * torch.randn_like(act.theta)  # another function for each group of channels
+        after = both()
+        assert (after[0] - before[0]).abs().max() > 1e-4
+        torch.testing.assert_close(*after)
+    orthoact.revert_(model)
+    assert all(torch.equal(a, b) for a, b in zip(both(), before, strict=True))
+    assert {name: type(m) for name, m in model.named_modules()} == kinds
+
+
+@pytest.mark.parametrize("include", ["*", "*.norm.*"])
+def test_a_converted_block_is_not_trained_in_one_kernel(monkeypatch, include):
+    """The kernels need a GPU; what stands here for one tells whether it is called."""
+    ran = []
+    monkeypatch.setattr(
+        "transformers.models.falcon_h1.modeling_falcon_h1.mamba2_split_conv1d_scan_combined",
+        lambda *args, **kwargs: ran.append(1),
+    )
+    config = tf.FalconH1Config(
+        **STATES, **HEADS, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_rms_norm=True
+    )
+    model = lively(tf.FalconH1ForCausalLM(config)).train()
+    ids = torch.randint(5, 96, (2, 9))
+    model(ids, use_cache=False)
+    assert len(ran) == 2
+    orthoact.convert_(model, include=[include])
+    model(ids, use_cache=False)
+    assert len(ran) == 2
+    orthoact.revert_(model)
+    model(ids, use_cache=False)
+    assert len(ran) == 4

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny_models as tiny
 import torch
+import transformers as tf
 from click.testing import CliRunner
 
 import orthoact
@@ -70,6 +71,39 @@ def test_onnx_is_the_model_at_every_batch(name, tmp_path):
     assert onnx.TensorProto.DOUBLE not in {t.data_type for t in written.graph.initializer}
     if family in ("tropical", "tropical-rational", "hermite", "rational"):
         assert not ops & {"Erf", "Gelu", "HardSwish"}, "no activation of old is in the graph"
+
+
+@pytest.mark.long
+def test_onnx_of_more_than_two_gigabytes_has_its_weights_beside_it(tmp_path):
+    """A protobuf holds no more than that: two files, which move together and know each other by name."""
+    config = tf.GPT2Config(
+        n_embd=64, n_layer=2, n_head=2, n_positions=32, vocab_size=8_700_000, bos_token_id=1, eos_token_id=2
+    )
+    model = tf.GPT2Model(config).eval()
+    orthoact.convert_(model, degree=4)
+    (tmp_path / "made").mkdir()
+    facts = export_model(model, tmp_path / "made" / "m.onnx")
+    assert facts["difference"] <= 1e-5 and facts["dynamic"] == ["batch", "length"]
+    (tmp_path / "made").rename(tmp_path / "moved")
+    one, two = (tmp_path / "moved" / name for name in ("m.onnx", "m.onnx.data"))
+    assert one.stat().st_size < 2**20 and two.stat().st_size > 2**31
+    batch = probe_batch(model, rows=4, length=7, seed=9)
+    session = onnxruntime.InferenceSession(one, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {k: v.numpy() for k, v in batch.items()})
+    with torch.no_grad():
+        wanted = model(**batch).last_hidden_state.numpy()
+    assert abs(found - wanted).max() <= 1e-5 * abs(wanted).max()
+    two.unlink()
+
+
+def test_a_smaller_file_leaves_nothing_of_a_larger_one(tmp_path):
+    model = tiny.hf("gpt2")
+    orthoact.convert_(model, degree=4)
+    save(model, tmp_path / "m")
+    (tmp_path / "m.onnx.data").write_bytes(b"weights of another model")
+    facts = export(tmp_path / "m", tmp_path / "m.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "m.onnx"]
+    assert facts["bytes"] == (tmp_path / "m.onnx").stat().st_size
 
 
 def test_the_old_activation_would_be_noticed(tmp_path, monkeypatch):

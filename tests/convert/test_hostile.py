@@ -2,9 +2,11 @@
 
 import json
 import warnings
+from functools import partial
 
 import hostile
 import pytest
+import timm
 import tiny_models as tiny
 import torch
 import transformers as tf
@@ -83,7 +85,7 @@ def test_names_that_are_there_twice(folders):
     name = next(iter(json.loads(sites)))
     doubled = json.dumps(json.loads(text)).replace(sites, sites[:-1] + f', "{name}": {{}}}}')
     (folders / "full" / "config.json").write_text(doubled)
-    for route in (orthoact.load, read_activations):
+    for route in (orthoact.load, read_activations, tf.AutoModelForCausalLM.from_pretrained):
         with pytest.raises(OrthoactError, match=f"names '{name}' twice"):
             route(folders / "full")
 
@@ -103,11 +105,24 @@ def test_files_beyond_all_bounds(folders):
     for route in (orthoact.load, read_activations):
         with pytest.raises(OrthoactError, match="header too large"):
             route(folders / "full")
-    for form, name in (("full", "config.json"), ("adapter", "adapter_config.json")):
+    plain, applied = tf.AutoModelForCausalLM.from_pretrained, partial(PeftModel.from_pretrained, tiny.hf("gpt2"))
+    with open(folders / "standalone" / "model.safetensors.index.json", "wb") as file:
+        file.truncate(10 * 2**30)
+    with pytest.raises(OrthoactError, match="expected a file of at most"):
+        plain(folders / "standalone")
+    net = tiny.timm_model("vit")
+    orthoact.convert_(net)
+    save(net, folders / "timm")
+    for form, name, routes in (
+        ("full", "config.json", [orthoact.load, plain, tf.AutoConfig.from_pretrained]),
+        ("adapter", "adapter_config.json", [orthoact.load, plain, applied]),
+        ("timm", "config.json", [orthoact.load, plain, lambda f: timm.create_model(f"local-dir:{f}", pretrained=True)]),
+    ):
         with open(folders / form / name, "r+b") as file:
             file.truncate(10 * 2**30)
-        with pytest.raises(OrthoactError, match=r"expected a file of at most|no config\.json|checkpoint folder"):
-            orthoact.load(folders / form)
+        for route in routes:
+            with pytest.raises(OrthoactError, match=r"expected a (file of at most|checkpoint folder)"):
+                route(folders / form)
 
 
 @pytest.mark.parametrize("place", ["../../../etc/passwd", "/etc/passwd", "a/../../b.safetensors"])

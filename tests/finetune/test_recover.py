@@ -9,6 +9,7 @@ from pytest import fixture, mark, raises
 
 from orthoact import Activation, OrthoactError, convert_, evaluate, load
 from orthoact.cli import main
+from orthoact.convert.card import make_card
 from orthoact.convert.sources import Source, demo_folder, load_source
 from orthoact.finetune.recover import recover
 
@@ -45,7 +46,12 @@ def test_convert_with_recover_writes_a_better_folder(text, tmp_path):
     assert found["steps"] == 12 and found["trained"] == 18 and found["swap"] == "sites"
     assert found["divergence"] < found["divergence_before"] / 2
     assert after["fidelity"]["kl"] < before["fidelity"]["kl"] / 4
-    assert json.loads((tmp_path / "out" / "orthoact.json").read_text())["recovery"] == found
+    record = (tmp_path / "out" / "orthoact.json").read_text()
+    assert json.loads(record)["recovery"] == found and found["data"] == text.name
+    assert str(text.parent) not in record, "no local path may be pushed"
+    card, page = make_card(tmp_path / "out")["README.md"].decode(), (tmp_path / "out" / "report.html").read_text()
+    assert f"{found['divergence_before']:.3g} before, {found['divergence']:.3g} after" in card
+    assert repr(found["divergence"]) in page and "12</data> steps" in page
     model, original = load(tmp_path / "out"), load(demo_folder())
     again = evaluate(str(tmp_path / "out"))
     assert abs(again["kl"] - after["fidelity"]["kl"]) < 1e-6

@@ -6,17 +6,22 @@ import sys
 import time
 from pathlib import Path
 
+import loopback_hub
 import psutil
 import pytest
 import tiny_training as tiny
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny_training import SHORT, short
 
 import orthoact
 from orthoact import OrthoactError
+from orthoact.convert.card import make_card
+from orthoact.convert.fidelity import evaluate
 from orthoact.convert.sources import demo_folder
 from orthoact.finetune.recipe import read
+from orthoact.interp import engine
 
 
 def lines(out):
@@ -49,6 +54,19 @@ def test_the_folder_is_an_ordinary_converted_checkpoint(done):
     assert suffixes <= {".json", ".jsonl", ".safetensors"}, "nothing is pickled"
 
 
+def test_long_work_is_compiled_and_short_work_is_not(done, tmp_path, monkeypatch):
+    facts, out = done
+    assert facts["path"] == "eager"
+    monkeypatch.setattr(engine, "COST", 0.0)  # every run is worth the kernels
+    compiled = orthoact.train(short(), tmp_path / "compiled")
+    assert compiled["path"] == "compiled" and any(kind.startswith("gradients") for kind, *_ in engine._kernels)
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(out), rel=1e-5)
+    found = evaluate(str(out), limit=4)
+    with engine.using("eager"):
+        assert engine.suited(1e12, training=True) == "eager", "what was chosen stays"
+        assert evaluate(str(out), limit=4)["kl"] == pytest.approx(found["kl"], rel=1e-3)
+
+
 def test_the_record_says_what_trained(done):
     facts, out = done
     record = json.loads((out / "orthoact.json").read_text())
@@ -60,6 +78,16 @@ def test_the_record_says_what_trained(done):
     text = (out / "orthoact.json").read_text()
     assert str(out.parent) not in text and str(demo_folder()) not in text, "no local path may be pushed"
     assert facts["test"] == training["test"]
+
+
+def test_the_card_says_what_training_gave(done):
+    _, out = done
+    training, text = json.loads((out / "orthoact.json").read_text())["training"], make_card(out, "you/m")["README.md"]
+    assert not loopback_hub.validate(text.decode())
+    found = {(r.metric_type, r.dataset_split): r.metric_value for r in ModelCard(text.decode()).data.eval_results}
+    assert found == {(name, "test"): value for name, value in training["test"].items()}
+    figures = [f"{training[key]['perplexity']:.6g}" for key in ("zero_step", "validation", "test")]
+    assert f"| perplexity | {' | '.join(figures)} |".encode() in text and b"for 8 steps" in text
 
 
 def test_the_metrics_are_one_line_a_logged_step(done):
@@ -189,6 +217,7 @@ import os, sys, json
 import orthoact, transformers, safetensors.torch, datasets, torchmetrics
 from orthoact.finetune import folder, loop, run, state
 from orthoact.finetune.recipe import read
+from orthoact.interp import engine
 recipe = read("demo-smoke", json.loads(sys.argv[1]))
 
 def dies(name, owner, at):
