@@ -136,7 +136,7 @@ class Race:
                 value += self.p.tail(i, side.line, joints[:, i])
         return value
 
-    def systems(self, frame: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, ...]:
+    def systems(self, frame: np.ndarray, alpha: np.ndarray) -> tuple:
         """Joints, what is astray, z, the basis and its slopes, roots of weights, the systems and their right sides."""
         p, linear = self.p, self.linear
         location, scale = frame[:, :1], frame[:, 1:]

@@ -181,7 +181,9 @@ def _found(race: Race, state: State) -> Found:
     lo, hi = race.joints(alpha[None])[0].tolist() if p.tails == "linear" else (-np.inf, np.inf)
     location, scale = state.frame[0]
     if family.anywhere:
-        places = np.float32([location, *(np.linspace(lo, hi, 9) if p.tails == "linear" else [])]).astype(float)
+        places = (
+            np.append(location, np.linspace(lo, hi, 9) if p.tails == "linear" else []).astype(np.float32).astype(float)
+        )
         frames = np.stack([places, np.full_like(places, scale)], axis=1)
         location = places[race.values(frames, np.tile(alpha, (len(places), 1))).argmin()]
     if family.centred:
