@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import product
 from pathlib import Path
 
 from fidelity import HERE, MODELS, measure
@@ -44,14 +45,17 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="*", choices=names, default=names, help="those measured anew; the others stay"
     )
+    parser.add_argument("--families", nargs="*", choices=list(FAMILIES), default=list(FAMILIES), help="the same")
+    parser.add_argument("--sizes", nargs="*", type=int, choices=SIZES, default=SIZES, help="the same")
     parser.add_argument("--output", type=Path, default=HERE / "families")
     args = parser.parse_args()
     file = args.output.with_suffix(".json")
     rows: list[dict] = json.loads(file.read_text()) if file.exists() else []
-    rows = [row for row in rows if row["model"] not in args.models]
+    anew = set(product(args.models, args.families, args.sizes))
+    rows = [row for row in rows if (row["model"], row["family"], row["size"]) not in anew]
     for name in args.models:
-        for family in FAMILIES:
-            for size in SIZES:
+        for family in args.families:
+            for size in args.sizes:
                 kept = {"model": name, "family": family, "size": size, "degree": degree(family, size)}
                 try:
                     found = measure(name, [kept["degree"]], most=MOST[name], family=family)

@@ -87,7 +87,8 @@ def dense(p: Problem) -> tuple[np.ndarray, ...]:
     step = p.step / 32
     x = p.ends[0] + step * (np.arange(32 * len(p.x)) + 0.5)
     w = np.interp(x, p.x, p.law)
-    return x, w / w.sum(), *p.target(x)
+    f, d = p.target(x)
+    return x, w / w.sum(), f, d
 
 
 def fine(p: Problem, copy) -> float:

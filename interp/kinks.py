@@ -136,7 +136,7 @@ def search_kinks(p: Problem) -> tuple[list[float], float, float, float, float, s
     if value < 1e-12 * (1 + tables.square):
         reason = "exact: the target is piecewise straight"
     elif family.convex and len(kinks) < p.degree:
-        reason = f"{len(kinks)} kinks are the best convex copy: the target is not convex"
+        reason = f"the best convex copy has {len(kinks)} of the kinks: the target is not convex"
     kinks, jumps = fill(p.degree, kinks, u[2:], family.convex)
     location, scale = float(np.float32(tables.mean)), float(np.float32(tables.std))
     z = (tables.mean + tables.std * kinks - location) / scale

@@ -127,20 +127,21 @@ class Problem:
         return self.near(joints)
 
     def near(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The target at `x` under the law, from a table of cubics where it is smooth: fast, for the searches."""
-        if self.target.kinks:
-            value, slope = self.target(x.ravel())
-            return value.reshape(x.shape), slope.reshape(x.shape)
+        """The target at `x` under the law, from a table of cubics away from its kinks: fast, for the searches."""
+        h = self.step / FINER
         if self.table is None:
-            h = self.step / FINER
             f, d = self.target(self.ends[0] + h * np.arange(FINER * len(self.x) + 1))
             d, rise = d * h, np.diff(f)
             self.table = np.stack([f[:-1], d[:-1], 3 * rise - 2 * d[:-1] - d[1:], d[:-1] + d[1:] - 2 * rise])
-        h = self.step / FINER
         place = (x - self.ends[0]) / h
         cell = np.clip(place.astype(int), 0, self.table.shape[1] - 1)
         t, (a, b, c, e) = place - cell, self.table[:, cell]
-        return a + t * (b + t * (c + t * e)), (b + t * (2 * c + 3 * t * e)) / h
+        value, slope = a + t * (b + t * (c + t * e)), (b + t * (2 * c + 3 * t * e)) / h
+        if self.target.kinks:
+            rough = np.any([np.abs(x - kink) <= 2 * h for kink in self.target.kinks], axis=0)
+            if rough.any():
+                value[rough], slope[rough] = self.target(x[rough])
+        return value, slope
 
     def curvature(self, x: np.ndarray) -> np.ndarray:
         """The target's second derivative at `x`, by differences."""

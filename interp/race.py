@@ -121,7 +121,7 @@ class Race:
     def values(self, frame: np.ndarray, alpha: np.ndarray) -> np.ndarray:
         """J alone, which costs half."""
         joints, astray, _, basis, _, system, y = self.systems(frame, alpha)
-        r = np.linalg.qr(np.concatenate([system, y], axis=2), mode="r")
+        r = np.asarray(np.linalg.qr(np.concatenate([system, y], axis=2), mode="r"))
         numbers = np.linalg.solve(r[:, :-1, :-1], r[:, :-1, -1:]) if self.kinked else None
         value = r[:, -1, -1] ** 2 + self.outside(joints, basis[1], numbers)
         return np.where(astray | ~np.isfinite(value), np.inf, value)
@@ -136,7 +136,7 @@ class Race:
                 value += self.p.tail(i, side.line, joints[:, i])
         return value
 
-    def systems(self, frame: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, ...]:
+    def systems(self, frame: np.ndarray, alpha: np.ndarray) -> tuple:
         """Joints, what is astray, z, the basis and its slopes, roots of weights, the systems and their right sides."""
         p, linear = self.p, self.linear
         location, scale = frame[:, :1], frame[:, 1:]

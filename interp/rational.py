@@ -62,7 +62,7 @@ class Rational(Separable):
         root, found = np.sqrt(w), np.zeros((len(z), parts.shape[-1]))
         for _ in range(4):
             last = np.maximum(abs(1 + (parts @ found[..., None])[..., 0]), 1e-2)
-            r = np.linalg.qr((root / last)[..., None] * system, mode="r")[:, degree + 1 :, degree + 1 :]
+            r = np.asarray(np.linalg.qr((root / last)[..., None] * system, mode="r"))[:, degree + 1 :, degree + 1 :]
             found = self.least(r[..., :-1], r[..., -1])
         return found
 

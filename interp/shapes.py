@@ -81,12 +81,12 @@ def search_shapes(p: Problem, sides: tuple[Side, Side]) -> Found:
     """Shape and joints of least J."""
     assert isinstance(p.family, Separable)
     smooth, fine = p.family.relaxed(), Race(p, p.family, sides, FINE)
-    race = Race(p, p.family, sides, FEW if p.family.shape(p.degree) == 1 else COARSE)
+    race = Race(p, p.family, sides, FEW if _few(p) else COARSE)
     begun = _begin(p, race)
     exact = np.flatnonzero(begun.value <= EXACT**2 * (p.w @ p.f**2))
     if len(exact):
         return _found(fine, _best(fine.improve(_join(fine, [_best(begun, 1)]), EXACTLY), 1))
-    if race.shapes == 1:  # few valleys, and no poles
+    if _few(p):
         for kept, steps in ONE:
             begun = race.improve(_best(begun, kept), steps, SETTLED)
             race.rounding = max(ROUNDING, 1e-3 * float(begun.value.min()) ** 0.5)
@@ -114,13 +114,19 @@ def search_shapes(p: Problem, sides: tuple[Side, Side]) -> Found:
     return _found(fine, last[:1])
 
 
+def _few(p: Problem) -> bool:
+    """Whether there are few valleys and no poles: one shape number, and z = 0 is no special point."""
+    assert isinstance(p.family, Separable)
+    return p.family.shape(p.degree) == 1 and not p.family.centred
+
+
 def _begin(p: Problem, race: Race) -> State:
     """The best of the starts."""
     frame, alpha, kind = _starts(p, race)
     value = race.values(frame, alpha)
     rows = _valleys(value)
     _, first = np.unique(kind[rows], return_index=True)  # the best of each kind, whatever the joints
-    most = 0 if race.shapes == 1 else BEST
+    most = 0 if _few(p) else BEST
     rows = rows[np.union1d(first, np.arange(min(most, len(rows))))]
     return race.evaluate(frame[rows], alpha[rows])
 
@@ -175,7 +181,9 @@ def _found(race: Race, state: State) -> Found:
     lo, hi = race.joints(alpha[None])[0].tolist() if p.tails == "linear" else (-np.inf, np.inf)
     location, scale = state.frame[0]
     if family.anywhere:
-        places = np.float32([location, *(np.linspace(lo, hi, 9) if p.tails == "linear" else [])]).astype(float)
+        places = (
+            np.append(location, np.linspace(lo, hi, 9) if p.tails == "linear" else []).astype(np.float32).astype(float)
+        )
         frames = np.stack([places, np.full_like(places, scale)], axis=1)
         location = places[race.values(frames, np.tile(alpha, (len(places), 1))).argmin()]
     if family.centred:
