@@ -122,6 +122,8 @@ def _reason(site: Site, trunk: str | None, include: tuple, exclude: tuple, inclu
         return "" if any(fnmatchcase(site.name, glob) for glob in include) else "not named by --include"
     if site.target.name.split("(")[0] in GATES:
         return f"{site.target.name} is a gate or a pooler: name it with --include to convert it"
+    if re.search("soft_?cap", site.module, re.IGNORECASE):
+        return f"{site.target.name} is a soft cap, which only bounds: name it with --include to convert it"
     if "indexer" in site.name.split("."):
         return "in an indexer, which only selects tokens: no gradient reaches it"
     if not include_heads and _is_head(site.name, trunk):

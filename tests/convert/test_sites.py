@@ -178,3 +178,14 @@ def test_probe_batches_are_seeded(name):
     assert all(torch.equal(first[k], second[k]) for k in first)
     other = probe_batch(model, seed=4)
     assert any(not torch.equal(first[k], other[k]) for k in first)
+
+
+def test_a_soft_cap_is_left():
+    class LogitSoftcap(nn.Module):
+        def forward(self, x):
+            return 30 * torch.tanh(x / 30)
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4), LogitSoftcap())
+    sites, left = orthoact.inspect_model(model)
+    assert [s.name for s in sites] == ["1"] and "3" in [i.where for i in left if "soft cap" in i.reason]
+    assert [s.name for s in orthoact.find_sites(model, include=["3"])] == ["3"]
