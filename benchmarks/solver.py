@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="where torchortho 0.1.2 is installed")
     parser.add_argument("--degrees", type=int, nargs="+", default=list(range(3, 17)))
-    parser.add_argument("--seconds", type=float, default=40, help="the most that torchortho gets for one degree")
+    parser.add_argument("--seconds", type=float, default=12, help="the most that torchortho gets for one degree")
     parser.add_argument("--output", type=Path, default=HERE / "solver.md")
     args = parser.parse_args()
     sys.path.insert(0, args.folder)
