@@ -8,13 +8,14 @@
 All that a table compares is timed in turn in one process: a round calls each once, forward without gradients and then
 forward and backward, on the next of several inputs that together are larger than a core's cache. Medians over the
 rounds, as ratios to the eager `F.gelu` of the same rounds. Everything is called three times before the first round, so
-that kernels are made and caches are filled. torchortho is under the GPL: it is imported from the folder of `--peers`
-and by this benchmark alone.
+that kernels are made and caches are filled, and memory once taken is kept (`keep_memory`). torchortho is under the
+GPL: it is imported from the folder of `--peers` and by this benchmark alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
 import random
@@ -236,6 +237,19 @@ def markdown(stored: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def keep_memory() -> None:
+    """Let the C library keep what is freed: else who comes next has its pages made anew, which takes as long again.
+
+    Nothing is done where there is no glibc.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        mallopt(option, 2**30)
+
+
 def machine() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []:
         if line.startswith("model name"):
@@ -276,6 +290,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    keep_memory()
     about = {"machine": machine(), "threads": args.threads, "torch": torch.__version__.split("+")[0]}
     stored = json.loads(FILE.read_text()) if FILE.exists() else {"tables": {}, "missing": []}
     stored |= about

@@ -25,7 +25,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from activation import machine, spread
+from activation import keep_memory, machine, spread
 from torch import nn
 
 import orthoact
@@ -182,6 +182,7 @@ def main() -> None:
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_memory()
     if args.peak:
         name, which, path = args.peak
         model, inputs = copies(name)[which], MODELS[name][1]()

@@ -304,8 +304,8 @@ class Rest:
     def numbers(self, theta: Tensor) -> np.ndarray:
         """What `Activation._numbers` computes."""
         if self.matrix is not None:
-            return _numpy(theta) @ self.matrix.T + self.level
-        a = self.start + _numpy(theta) @ self.transform.T
+            return _product(_numpy(theta), self.matrix.T) + self.level
+        a = self.start + _product(_numpy(theta), self.transform.T)
         numbers = np.zeros((*a.shape[:-1], a.shape[-1] + 2))
         numbers[..., :-2] = a
         if self.tails:
@@ -316,14 +316,14 @@ class Rest:
     def gradient(self, theta: Tensor, by: np.ndarray) -> np.ndarray:
         """The derivative by theta of the sum of the numbers weighted with `by`."""
         if self.matrix is not None:
-            return by @ self.matrix
+            return _product(by, self.matrix)
         found = by[..., :-2]
         if self.tails:
-            a = self.start + _numpy(theta) @ self.transform.T
+            a = self.start + _product(_numpy(theta), self.transform.T)
             turned = by[..., -2:] * (-1.0, 1.0)
             each = self.family.jacobian(_unbound(a), self.at())[1]
             found = found + np.stack([(part * turned).sum(-1) for part in each], -1) / self.scale
-        return found @ self.transform
+        return _product(found, self.transform)
 
 
 class Numbers(torch.autograd.Function):
@@ -347,6 +347,11 @@ class Numbers(torch.autograd.Function):
 def _numpy(tensor: Tensor) -> np.ndarray:
     # a copy: a storage that numpy has seen cannot be resized, which FSDP does
     return tensor.detach().to(torch.float64, copy=True).numpy()
+
+
+def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    # of many rows not by numpy: the threads of its library and torch's would wait for one another
+    return a @ b if a.ndim == 1 else torch.mm(torch.from_numpy(a), torch.from_numpy(b)).numpy()
 
 
 def _unbound(a: np.ndarray) -> list[np.ndarray]:

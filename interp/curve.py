@@ -221,9 +221,10 @@ def _gradients_by_kernel(
         return torch.stack(outs, dim=1), *total(sums)
 
     def total(sums: list[Tensor]) -> list[Tensor]:
-        """Over the tiles: (parts, columns)."""
-        each = [part.view(-1, columns).sum(0) for part in sums]
-        return [torch.stack(each)] if each else []
+        """Over the tiles too where there is one column; with more the compiler would take them first, far apart."""
+        if columns > 1:
+            return sums
+        return [torch.stack([part.sum() for part in sums])[:, None]] if sums else []
 
     key = f"gradients {by_numbers}"
     wholes = [flat, steep] if end == len(flat) else [flat[:end], steep[:end]]
@@ -232,7 +233,9 @@ def _gradients_by_kernel(
         return _gradients(family, layout, flat, steep, spread, frame, by_numbers)
     views = [layout.tiles(whole) for whole in wholes]
     out, *each = found(*views, layout.held(spread), frame, _units(frame, len(views[0])))
-    out, sums = out.view(-1), each[0] if each else None
+    out, sums = out.view(-1), None
+    if each:
+        sums = each[0] if columns == 1 else torch.stack([part.view(-1, columns).sum(0) for part in each])
     if end < len(flat):
         rest, more = _gradients(family, layout, flat[end:], steep[end:], spread, frame, by_numbers)
         out, sums = torch.cat([out, rest]), None if sums is None or more is None else sums + more
