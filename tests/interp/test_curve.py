@@ -283,7 +283,8 @@ def test_export_is_one_dynamic_graph(family, options):
     rows = torch.export.Dim("rows", min=2, max=1000)
     program = torch.export.export(act, (x,), dynamic_shapes=({0: rows},))
     at = 3 * torch.randn(9, 6)
-    torch.testing.assert_close(program.module()(at), act(at), rtol=1e-5, atol=1e-5)
+    terms = act.coefficients.detach().abs().sum(-1).max().clamp(min=100)  # those that cancel round as what they are
+    torch.testing.assert_close(program.module()(at), act(at), rtol=1e-5, atol=1e-7 * terms.item())
 
 
 # -- the choice of a path ----------------------------------------------------------------------------------------------
