@@ -13,12 +13,13 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import engine
 from .family import Family, fma
-from .layout import Layout, blocks
+from .layout import BLOCK, ROW, Layout, blocks
 
 
 class Frame(NamedTuple):
@@ -125,40 +126,38 @@ class Curve(torch.autograd.Function):
         return by_x, whole, None, None, None, None
 
 
-@torch.inference_mode()
 def _values(family: Family, layout: Layout, flat: Tensor, spread: Tensor, frame: Tensor) -> Tensor:
-    with torch.inference_mode(False):
-        out = torch.empty_like(flat)
-    source, into, joints = layout.columns(flat), layout.columns(out), _eager_frame(frame)
-    for columns, column_blocks in blocks(source):
-        numbers = _numbers(spread, columns)
-        for block in column_blocks:
-            into[block] = value(family, source[block].to(spread.dtype), numbers, joints)
+    joints = _eager_frame(frame)
+    if layout.kind == "one" and len(flat) <= BLOCK:
+        return value(family, flat.to(spread.dtype), _numbers(spread), joints).to(flat.dtype)
+    out = torch.empty_like(flat)
+    source, into = layout.columns(flat), layout.columns(out)
+    with torch.inference_mode():
+        for columns, column_blocks in blocks(source):
+            numbers = _numbers(spread, columns)
+            for block in column_blocks:
+                into[block] = value(family, source[block].to(spread.dtype), numbers, joints)
     return out
 
 
-@torch.inference_mode()
 def _gradients(
     family: Family, layout: Layout, flat: Tensor, steep: Tensor, spread: Tensor, frame: Tensor, by_numbers: bool
 ) -> tuple[Tensor, Tensor | None]:
-    with torch.inference_mode(False):
-        out, sums = torch.empty_like(flat), None
+    out, sums = torch.empty_like(flat), None
     source, steeps, into = layout.columns(flat), layout.columns(steep), layout.columns(out)
     joints = _eager_frame(frame)
     for columns, column_blocks in blocks(source):
         numbers = _numbers(spread, columns)
         jumps = steps(family, numbers, joints) if isinstance(joints.lo, float) else None
         for block in column_blocks:
-            x, grad = source[block].to(spread.dtype), steeps[block].to(spread.dtype)
-            slope, parts = derivatives(family, x, numbers, joints, by_numbers, jumps)
-            torch.mul(slope, grad, out=slope)
-            into[block] = slope
-            if by_numbers:
-                found = torch.stack([_total(part, grad, layout) for part in parts])
-                if sums is None:
-                    with torch.inference_mode(False):
-                        sums = spread.new_zeros(len(found), spread.shape[1])
-                sums[:, columns] += found
+            with torch.inference_mode():
+                x, grad = source[block].to(spread.dtype), steeps[block].to(spread.dtype)
+                slope, parts = derivatives(family, x, numbers, joints, by_numbers, jumps)
+                into[block] = torch.mul(slope, grad, out=slope)
+                found = [_total(part, grad, layout) for part in parts]
+            if found:
+                sums = spread.new_zeros(len(found), spread.shape[1]) if sums is None else sums
+                sums[:, columns] += torch.stack(found)
     return out, sums
 
 
@@ -166,7 +165,7 @@ def _eager_frame(frame: Tensor) -> Frame:
     return Frame(*(frame.tolist() if frame.device.type == "cpu" else frame.unbind()))
 
 
-def _numbers(spread: Tensor, columns: slice) -> list[Tensor]:
+def _numbers(spread: Tensor, columns: slice = slice(None)) -> list[Tensor]:
     """Without axes where there is one of each: operations with a single number are fast, with a tensor of one not."""
     return list((spread.view(-1) if spread.shape[1] == 1 else spread[:, columns]).unbind())
 
@@ -188,6 +187,9 @@ def _values_by_kernel(family: Family, layout: Layout, flat: Tensor, spread: Tens
 
         return (torch.stack([of(row) for row in x.unbind(1)], dim=1) if rows else of(x),)
 
+    if end < len(flat) and layout.kind == "one":  # the eager path takes several times as long
+        padded = F.pad(flat, (0, layout.whole(len(flat) + ROW - 1) - len(flat)))
+        return _values_by_kernel(family, layout, padded, spread, frame)[: len(flat)]
     whole = flat if end == len(flat) else flat[:end]
     found = _kernel(run, "values", family, layout, [whole], spread, frame) if end else None
     if found is None:
