@@ -90,6 +90,12 @@ def generate(model: Any, inputs: torch.Tensor) -> None:
         model.generate(inputs[:, :16], max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, pad_token_id=0)
 
 
+JOBS: dict[str, dict[str, Callable]] = {
+    "gpt2": {"training step": step, "inference": infer, "generation": generate},
+    "vit": {"training step": step, "inference": infer},
+}
+
+
 def timed(jobs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
     shuffle, found = random.Random(0), {name: [] for name in jobs}
     for job in jobs.values():
@@ -114,32 +120,31 @@ def row(what: str, times: dict[str, list[float]], **more: float) -> dict[str, An
     }
 
 
-def measure(name: str, rounds: int) -> list[dict[str, Any]]:
+def measure(name: str, rounds: int, what: str) -> list[dict[str, Any]]:
+    """The rows whose name begins with `what`."""
     models, inputs, found = copies(name), MODELS[name][1](), []
 
-    def compare(what: str, of: Callable, models: dict[str, nn.Module], path: str, **more: float) -> None:
-        with engine.using(path):
-            found.append(row(what, timed({k: lambda m=m: of(m, inputs) for k, m in models.items()}, rounds), **more))
-        print(json.dumps(found[-1]), flush=True)
+    def compare(title: str, of: Callable, models: dict[str, nn.Module], path: str, **more: float) -> None:
+        if title.startswith(what):
+            with engine.using(path):
+                jobs = {k: lambda m=m: of(m, inputs) for k, m in models.items()}
+                found.append(row(title, timed(jobs, rounds), **more))
+            print(json.dumps(found[-1]), flush=True)
 
-    compare("training step", step, models, "eager")
-    compare("training step, kernels", step, models, "compiled")
-    compare("inference", infer, models, "eager")
-    compare("inference, kernels", infer, models, "compiled")
-    if name == "gpt2":
-        compare("generation", generate, models, "eager")
-        compare("generation, kernels", generate, models, "compiled")
-    compiled, seconds = {}, {}
-    for key in ("original", "converted"):
-        torch.compiler.reset()
-        compiled[key] = torch.compile(models[key])
-        start = perf_counter()
-        step(compiled[key], inputs)
-        seconds[key] = perf_counter() - start
-    compiled["again"] = compiled["original"]
-    more = {"compile_original": seconds["original"], "compile_converted": seconds["converted"]}
-    compare("training step, compiled", step, compiled, "eager", **more)
-    compare("inference, compiled", infer, compiled, "eager")
+    for title, of in JOBS[name].items():
+        compare(title, of, models, "eager")
+        compare(f"{title}, kernels", of, models, "compiled")
+    if "training step, compiled".startswith(what) or "inference, compiled".startswith(what):
+        compiled, seconds = {}, {}
+        for key in ("original", "converted"):
+            compiled[key] = torch.compile(models[key])
+            start = perf_counter()
+            step(compiled[key], inputs)
+            seconds[key] = perf_counter() - start
+        compiled["again"] = compiled["original"]
+        more = {"compile_original": seconds["original"], "compile_converted": seconds["converted"]}
+        compare("training step, compiled", step, compiled, "eager", **more)
+        compare("inference, compiled", infer, compiled, "eager")
     return found
 
 
@@ -163,19 +168,18 @@ def markdown(stored: dict[str, Any]) -> str:
             ratio = f"{each['ratio']:.3f} ± {each['ratio'] * each['spread']:.3f}"
             lines.append(f"| {name} | {each['what']} | {each['ms']:.0f} | {ratio} | {each['again']:.3f} | {bar} |")
     for name, rows in stored["models"].items():
-        made = next(each for each in rows["times"] if "compile_original" in each)
         memory = ", ".join(f"{key} {value:,.0f} MB" for key, value in rows["peak"].items())
-        lines += [
-            "",
-            f"{name}: peak memory of a process that trains: {memory}. The first compiled step: "
-            f"{made['compile_original']:.0f} s, converted {made['compile_converted']:.0f} s.",
-        ]
+        lines += ["", f"{name}: peak memory of a process that trains: {memory}."]
+        for made in (each for each in rows["times"] if "compile_original" in each):
+            pair = f"{made['compile_original']:.0f} s, converted {made['compile_converted']:.0f} s"
+            lines[-1] += f" The first compiled step: {pair}."
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--what", default="", help="only the rows whose name begins so")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dry", action="store_true", help="write nothing")
@@ -194,11 +198,14 @@ def main() -> None:
     stored = json.loads(FILE.read_text()) if FILE.exists() else {"models": {}}
     stored |= {"machine": machine(), "threads": args.threads, "torch": torch.__version__.split("+")[0]}
     for name in args.model:
-        kinds = {"original": ("original", "eager"), "converted": ("converted", "eager")}
-        kinds["converted, kernels"] = ("converted", "compiled")
-        memory = {key: peak(name, *kind) for key, kind in kinds.items()}
-        print(name, memory, flush=True)
-        stored["models"][name] = {"times": measure(name, args.rounds), "peak": memory}
+        kept = stored["models"].setdefault(name, {"times": [], "peak": {}})
+        if not args.what:
+            kinds = {"original": ("original", "eager"), "converted": ("converted", "eager")}
+            kinds["converted, kernels"] = ("converted", "compiled")
+            kept["peak"] = {key: peak(name, *kind) for key, kind in kinds.items()}
+            print(name, kept["peak"], flush=True)
+        new = {each["what"]: each for each in measure(name, args.rounds, args.what)}
+        kept["times"] = [each for each in kept["times"] if each["what"] not in new] + list(new.values())
         if not args.dry:
             FILE.write_text(json.dumps(stored, indent=1) + "\n")
             FILE.with_suffix(".md").write_text(markdown(stored))
