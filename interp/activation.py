@@ -298,7 +298,8 @@ class Rest:
     def frame(self, dtype: torch.dtype) -> Tensor:
         if dtype not in self.frames:
             ends = self.ends if self.tails else (-inf, inf)
-            self.frames[dtype] = torch.tensor([*ends, 1 / self.scale, -self.location / self.scale], dtype=dtype)
+            with torch.inference_mode(False):  # kept, and needed for backward later
+                self.frames[dtype] = torch.tensor([*ends, 1 / self.scale, -self.location / self.scale], dtype=dtype)
         return self.frames[dtype]
 
     def numbers(self, theta: Tensor) -> np.ndarray:

@@ -259,8 +259,11 @@ def test_checkpointing_inference_mode_and_meta(groups):
     act.theta.grad = None
     checkpoint(act, at, use_reentrant=False).backward(weights)
     assert torch.equal(at.grad, wanted[1]) and torch.equal(act.theta.grad, wanted[2])
+    fresh = copy.deepcopy(act)
+    fresh._rest = None
     with torch.inference_mode():
-        assert torch.equal(act(x), wanted[0])
+        assert torch.equal(act(x), wanted[0]) and torch.equal(fresh(x), wanted[0])
+    assert torch.equal(derivatives(fresh, x, weights)[1], wanted[1]), "what is kept can be used for training"
     with torch.device("meta"):
         ghost = Activation("hermite", 8, groups=groups)
     assert ghost(x.to("meta")).shape == x.shape
