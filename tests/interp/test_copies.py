@@ -334,7 +334,7 @@ def test_module_equals_the_fit(family, target):
         x = torch.tensor(X, dtype=dtype)
         wanted = result(x.double().numpy())[0]
         # terms that cancel, as those of a frequency near zero, round as what they are
-        scale = max(1, np.abs(wanted).max() / 30, np.abs(result.coefficients).sum() / 200)
+        scale = max(1, np.abs(wanted).max() / 30, np.abs(result.coefficients).sum() / 100)
         error = np.abs(act(x).detach().double().numpy() - wanted) / scale
         assert error.max() < 2e-5, f"{dtype}: {error.max():.1e} at {X[error.argmax()]:.3f}"
 
