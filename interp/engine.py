@@ -100,8 +100,8 @@ def kernel(
     """The kernel of `function`, which returns a tuple, made once for each `key`; None where kernels cannot be made.
 
     `example` gives arguments with their axes that vary, all by the one size that is the first argument's first. A key
-    stands for everything else that the kernel depends on: what the compiler made is called as it is, without the checks
-    of `torch.compile`, which take as long as 100,000 values.
+    stands for everything else that the kernel depends on: on a CPU what the compiler made is called as it is, without the
+    checks of `torch.compile`, which take as long as 100,000 values.
     """
     if key in _kernels:
         return _kernels[key]
@@ -135,8 +135,10 @@ def kernel(
             for tensor, sizes in arguments:
                 for size in sizes:
                     torch._dynamo.mark_dynamic(tensor, size)
-            torch.compile(own, fullgraph=True, dynamic=False, backend=keep)(*(tensor for tensor, _ in arguments))
-        (_kernels[key],) = made
+            guarded = torch.compile(own, fullgraph=True, dynamic=False, backend=keep)
+            guarded(*(tensor for tensor, _ in arguments))
+        # on a GPU with the checks, of alignment too: they are hidden behind the kernels that run
+        _kernels[key] = made[0] if arguments[0][0].device.type == "cpu" else guarded
     except Exception as error:  # no compiler, a read-only cache, a torch without it: the eager path always works
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         _State.broken = f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
