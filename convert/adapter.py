@@ -31,6 +31,7 @@ from ..interp.activation import TENSORS, Activation
 from ..interp.errors import OrthoactError
 from .calls import Shared, expose_, hide_
 from .files import bounded, read_json
+from .hooks import wrap
 from .names import CONFIG, DEMO, DEMO_NAME, METHOD, WEIGHTS, portable
 from .provenance import recorded_sha256, weight_files, weights_folder
 from .record import (
@@ -49,7 +50,6 @@ from .record import (
 )
 from .sites import recognise
 from .sources import Source, load_source
-from .transformers_hooks import wrap
 
 TESTED = ("0.21", "0.21")
 """First and last minor version of PEFT that the tests ran on."""

@@ -6,12 +6,14 @@ patch is applied at once where its module is loaded, and else right after the mo
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 
 def _configuration(module: ModuleType) -> None:
@@ -64,6 +66,17 @@ PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "timm.models": _timm,
 }
 """What is done to which module, after it has been executed."""
+
+
+def wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
+    """Replace a method of a class, or a function of a module, once; `make` gets the old one and gives the new one."""
+    old = owner.__dict__[name]
+    function = old.__func__ if isinstance(old, classmethod) else old
+    if getattr(function, "_orthoact_wrapped", False):
+        return
+    new = functools.wraps(function)(make(function))
+    new.__dict__["_orthoact_wrapped"] = True
+    setattr(owner, name, classmethod(new) if isinstance(old, classmethod) else new)
 
 
 class _Patched(Loader):

@@ -5,27 +5,27 @@ A folder or Hub repository then names the architecture `orthoact`; timm without 
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 from .files import bounded
+from .hooks import wrap
 from .record import SENTINEL, attach_timm, check_tensors, install
+
+
+def _bounded(read: Callable) -> Callable:
+    def load_cfg_from_json(json_file: Any) -> Any:
+        bounded(json_file)  # from the folder of somebody else, and read whole
+        return read(json_file)
+
+    return load_cfg_from_json
 
 
 def register() -> None:
     """Put the entrypoint into timm's registry; doing it twice changes nothing."""
     from timm.models import _hub, is_model, register_model
 
-    read = _hub.load_cfg_from_json
-    if not hasattr(read, SENTINEL):
-
-        @functools.wraps(read)
-        def load_cfg_from_json(json_file: Any) -> Any:
-            bounded(json_file)  # from the folder of somebody else, and read whole
-            return read(json_file)
-
-        setattr(load_cfg_from_json, SENTINEL, True)
-        _hub.load_cfg_from_json = load_cfg_from_json
+    wrap(_hub, "load_cfg_from_json", _bounded)
     if not is_model(SENTINEL):
         register_model(orthoact)
 

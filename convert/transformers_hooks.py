@@ -6,11 +6,9 @@ clear message says so at import.
 
 from __future__ import annotations
 
-import functools
 import logging
 import warnings
 from collections import ChainMap
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -19,22 +17,12 @@ from typing import Any
 from ..interp.activation import Activation
 from ..interp.errors import OrthoactError
 from .files import bounded, read_json
+from .hooks import wrap
 from .names import CONFIG, METHOD, resolve
 from .record import SENTINEL, absent, check_tensors, holds, install, located, missing, seal, unseal
 
 TESTED = ("5.20", "5.24")
 """First and last minor version of transformers that the tests ran on."""
-
-
-def wrap(cls: type, name: str, make: Callable[[Callable], Callable]) -> None:
-    """Replace a method once; `make` gets the old one and gives the new one."""
-    old = cls.__dict__[name]
-    function = old.__func__ if isinstance(old, classmethod) else old
-    if getattr(function, SENTINEL, False):
-        return
-    new = functools.wraps(function)(make(function))
-    setattr(new, SENTINEL, True)
-    setattr(cls, name, classmethod(new) if isinstance(old, classmethod) else new)
 
 
 def check_version() -> None:

@@ -100,8 +100,8 @@ def kernel(
     """The kernel of `function`, which returns a tuple, made once for each `key`; None where kernels cannot be made.
 
     `example` gives arguments with their axes that vary, all by the one size that is the first argument's first. A key
-    stands for everything else that the kernel depends on: on a CPU what the compiler made is called as it is, without the
-    checks of `torch.compile`, which take as long as 100,000 values.
+    stands for everything else that the kernel depends on: on a CPU what the compiler made is called as it is, without
+    the checks of `torch.compile`, which take as long as 100,000 values.
     """
     if key in _kernels:
         return _kernels[key]
