@@ -9,6 +9,7 @@ these inputs; the tails keep them where the target has them.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from contextlib import contextmanager
 from math import inf
@@ -199,9 +200,7 @@ class Activation(nn.Module):
             self._check_groups(input)
         dtype = torch.promote_types(input.dtype, torch.float32)
         numbers, frame = self.numbers(dtype)
-        run = curve.plain if curve.is_whole(input) else curve.Curve.apply
-        if not torch.is_grad_enabled() and run is not curve.plain:
-            run = curve.Curve.forward
+        run = curve.plain if curve.is_whole(input) else curve.Curve.apply if torch.is_grad_enabled() else curve.values
         return run(input, numbers, frame, self.family, self.groups, self.channel)
 
     def numbers(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -211,16 +210,15 @@ class Activation(nn.Module):
         """
         if self.theta.device.type != "cpu" or curve.is_whole(self.theta):
             return self._numbers(self.theta).to(dtype), self._frame().to(dtype)
-        rest = self._rest_now()
-        if torch.is_grad_enabled() and self.theta.requires_grad:
-            return Numbers.apply(self.theta, self, rest, dtype), rest.frame(dtype)
-        return torch.from_numpy(rest.numbers(self.theta)).to(dtype), rest.frame(dtype)
+        theta, rest = self.theta, self._rest_now()
+        if torch.is_grad_enabled() and theta.requires_grad:
+            return Numbers.apply(theta, self, rest, dtype), rest.frame(dtype)
+        return rest.rounded(theta, dtype), rest.frame(dtype)
 
     def _rest_now(self) -> Rest:
         """Made again when a tensor has changed, by whatever means: its content is compared, not its version."""
-        joints = torch.stack((self.lo, self.hi, self.location, self.scale))
-        content = torch.cat((self.start, self.transform.flatten(), self.jumps, joints)).numpy()
-        if self._rest is None or self._rest.content != content.tobytes():
+        content = [_content(buffer) for buffer in self._buffers.values()]
+        if self._rest is None or self._rest.content != content:
             self._rest = Rest(self, content)
         return self._rest
 
@@ -274,13 +272,13 @@ class Rest:
     By numpy, whose operations on so few numbers take a fraction of the time of torch's.
     """
 
-    def __init__(self, act: Activation, content: np.ndarray):
+    def __init__(self, act: Activation, content: list[bytes]):
         n, self.family, self.tails = act.start.numel(), act.family, act.tails != "none"
-        self.content = content.tobytes()
-        start, transform, jumps, joints = np.split(content.astype(np.float64), [n, n + n * n, n + n * n + 2])
-        self.start, self.transform, self.jumps = start, transform.reshape(n, n), jumps * (-1.0, 1.0)
-        lo, hi, self.location, self.scale = joints.tolist()
-        self.ends = np.array([lo, hi])
+        self.content = content
+        self.start, self.transform = _numpy(act.start), _numpy(act.transform)
+        self.jumps = _numpy(act.jumps) * (-1.0, 1.0)
+        self.ends = np.array([act.lo.item(), act.hi.item()])
+        self.location, self.scale = act.location.item(), act.scale.item()
         self.matrix = None
         if isinstance(act.family, Linear):
             conversion, slopes = act.family.conversion(act.degree), np.zeros((2, n))
@@ -288,9 +286,10 @@ class Rest:
                 at = act.family.slopes(self.at(), act.degree)
                 slopes = np.stack(at, axis=-1) / self.scale * ((-1.0,), (1.0,))
             matrix = np.concatenate([np.eye(n) if conversion is None else conversion, slopes])
-            self.level, self.matrix = matrix @ start, matrix @ self.transform
+            self.level, self.matrix = matrix @ self.start, matrix @ self.transform
             self.level[-2:] += self.jumps * self.tails
         self.frames: dict[torch.dtype, Tensor] = {}
+        self.theta, self.made = b"", {}
 
     def at(self) -> np.ndarray:
         return (self.ends - self.location) / self.scale
@@ -301,6 +300,16 @@ class Rest:
             with torch.inference_mode(False):  # kept, and needed for backward later
                 self.frames[dtype] = torch.tensor([*ends, 1 / self.scale, -self.location / self.scale], dtype=dtype)
         return self.frames[dtype]
+
+    def rounded(self, theta: Tensor, dtype: torch.dtype) -> Tensor:
+        """The numbers for this theta, the same tensor each time until it changes."""
+        content = _content(theta)
+        if content != self.theta:
+            self.theta, self.made = content, {}
+        if dtype not in self.made:
+            with torch.inference_mode(False):
+                self.made[dtype] = torch.from_numpy(self.numbers(theta)).to(dtype)
+        return self.made[dtype]
 
     def numbers(self, theta: Tensor) -> np.ndarray:
         """What `Activation._numbers` computes."""
@@ -334,7 +343,7 @@ class Numbers(torch.autograd.Function):
     def forward(ctx: Any, theta: Tensor, act: Activation, rest: Rest, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(theta)
         ctx.how = act, rest, dtype
-        return torch.from_numpy(rest.numbers(theta)).to(dtype)
+        return rest.rounded(theta, dtype).detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -343,6 +352,13 @@ class Numbers(torch.autograd.Function):
             numbers = act._numbers(theta).to(dtype)
             return *torch.autograd.grad(numbers, theta, grad, create_graph=True), None, None, None
         return torch.from_numpy(rest.gradient(theta, _numpy(grad))).to(theta.dtype), None, None, None
+
+
+def _content(tensor: Tensor) -> bytes:
+    """The bytes of a tensor on a CPU, by the shortest way there is; one that numpy reads can never be resized."""
+    if not tensor.is_contiguous():
+        tensor = tensor.contiguous()
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

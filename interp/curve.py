@@ -13,13 +13,12 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import engine
 from .family import Family, fma
-from .layout import BLOCK, ROW, Layout, blocks
+from .layout import BLOCK, ROW, STREAMS, Layout, blocks
 
 
 class Frame(NamedTuple):
@@ -88,20 +87,17 @@ def plain(x: Tensor, numbers: Tensor, frame: Tensor, family: Family, groups: int
 
 
 class Curve(torch.autograd.Function):
-    """F of x for numbers (n,) or (groups, n) and a frame (4,), both of the dtype that is computed in."""
+    """F of x for numbers (n,) or (groups, n) and a frame (4,), both of the dtype that is computed in.
+
+    Without `setup_context`, for which autograd binds the arguments at every call: that takes as long as 100,000 values.
+    Transforms, which need it, take `plain`.
+    """
 
     @staticmethod
-    def forward(
-        x: Tensor, numbers: Tensor, frame: Tensor, family: Family, groups: int | None, channel: int | None
-    ) -> Tensor:
-        layout = Layout.of(x, groups, channel)
-        run = _values_by_kernel if engine.get_path() == "compiled" and x.numel() else _values
-        return layout.restore(run(family, layout, layout.flat(x), layout.spread(numbers), frame))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, numbers, frame, *ctx.how = inputs
+    def forward(ctx: Any, x: Tensor, numbers: Tensor, frame: Tensor, *how: Any) -> Tensor:
         ctx.save_for_backward(x, numbers, frame)
+        ctx.how = how
+        return values(x, numbers, frame, *how)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -124,6 +120,15 @@ class Curve(torch.autograd.Function):
             between = numbers.shape[-1] - sums.shape[-1]
             whole = torch.cat([core, core.new_zeros(*core.shape[:-1], between), tails], dim=-1)
         return by_x, whole, None, None, None, None
+
+
+def values(
+    x: Tensor, numbers: Tensor, frame: Tensor, family: Family, groups: int | None, channel: int | None
+) -> Tensor:
+    """F of x, without a graph."""
+    layout = Layout.of(x, groups, channel)
+    run = _values_by_kernel if engine.get_path() == "compiled" and x.numel() else _values
+    return layout.restore(run(family, layout, layout.flat(x), layout.spread(numbers), frame))
 
 
 def _values(family: Family, layout: Layout, flat: Tensor, spread: Tensor, frame: Tensor) -> Tensor:
@@ -177,7 +182,12 @@ def _total(part: Tensor, grad: Tensor, layout: Layout) -> Tensor:
 
 
 def _values_by_kernel(family: Family, layout: Layout, flat: Tensor, spread: Tensor, frame: Tensor) -> Tensor:
-    end, rows = layout.whole(len(flat)), layout.kind == "channel"
+    streams = STREAMS if flat.device.type == "cpu" else 1
+    end = layout.whole(len(flat), streams)
+    if not end:
+        return _values(family, layout, flat, spread, frame)
+    whole = flat if end == len(flat) else flat[:end]
+    x, split = (whole.view(streams, -1), 0) if layout.kind == "one" else (layout.tiles(whole), 1)
 
     def run(x: Tensor, numbers: Tensor, frame: Tensor) -> tuple[Tensor, ...]:
         each, joints = list(numbers.unbind()), Frame(*frame.unbind())
@@ -185,24 +195,21 @@ def _values_by_kernel(family: Family, layout: Layout, flat: Tensor, spread: Tens
         def of(x: Tensor) -> Tensor:
             return value(family, x.to(numbers.dtype), each, joints).to(x.dtype)
 
-        return (torch.stack([of(row) for row in x.unbind(1)], dim=1) if rows else of(x),)
+        return (of(x) if layout.kind == "group" else torch.stack([of(row) for row in x.unbind(split)], split),)
 
-    if end < len(flat) and layout.kind == "one":  # the eager path takes several times as long
-        padded = F.pad(flat, (0, layout.whole(len(flat) + ROW - 1) - len(flat)))
-        return _values_by_kernel(family, layout, padded, spread, frame)[: len(flat)]
-    whole = flat if end == len(flat) else flat[:end]
-    found = _kernel(run, "values", family, layout, [whole], spread, frame) if end else None
+    found = _kernel(run, "values", family, layout, [x], 1 - split, spread, frame)
     if found is None:
         return _values(family, layout, flat, spread, frame)
-    (out,) = found(layout.tiles(whole), layout.held(spread), frame)
-    out = out.view(-1)
+    out = found(x, layout.held(spread), frame)[0].view(-1)
     return out if end == len(flat) else torch.cat([out, _values(family, layout, flat[end:], spread, frame)])
 
 
 def _gradients_by_kernel(
     family: Family, layout: Layout, flat: Tensor, steep: Tensor, spread: Tensor, frame: Tensor, by_numbers: bool
 ) -> tuple[Tensor, Tensor | None]:
-    end, rows, columns = layout.whole(len(flat)), layout.kind == "channel", spread.shape[1]
+    end, columns = layout.whole(len(flat), ROW), spread.shape[1]
+    if not end:
+        return _gradients(family, layout, flat, steep, spread, frame, by_numbers)
 
     def run(x: Tensor, grad: Tensor, numbers: Tensor, frame: Tensor, units: Tensor) -> tuple[Tensor, ...]:
         each, joints = list(numbers.unbind()), Frame(*frame.unbind())._replace(unit=units)
@@ -212,32 +219,23 @@ def _gradients_by_kernel(
             slope, parts = derivatives(family, wide, each, joints, by_numbers)
             return (slope * grad).to(x.dtype), [part * grad for part in parts]
 
-        if not rows:
-            out, found = of(x, grad)
-            return out, *total([part.sum(-1) for part in found])
-        outs, sums = [], []
-        for row, steep in zip(x.unbind(1), grad.unbind(1), strict=True):
-            out, found = of(row, steep)
-            outs.append(out)
-            sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
-        return torch.stack(outs, dim=1), *total(sums)
+        if layout.kind != "channel":
+            out, parts = of(x, grad)
+            sums = [part.sum(-1) for part in parts]
+        else:
+            rows = [of(*pair) for pair in zip(x.unbind(1), grad.unbind(1), strict=True)]
+            out = torch.stack([out for out, _ in rows], 1)
+            sums = [sum(parts) for parts in zip(*(parts for _, parts in rows), strict=True)]
+        return out, *([torch.stack(sums)] if sums else [])
 
-    def total(sums: list[Tensor]) -> list[Tensor]:
-        """Over the tiles too where there is one column; with more the compiler would take them first, far apart."""
-        if columns > 1:
-            return sums
-        return [torch.stack([part.sum() for part in sums])[:, None]] if sums else []
-
-    key = f"gradients {by_numbers}"
     wholes = [flat, steep] if end == len(flat) else [flat[:end], steep[:end]]
-    found = _kernel(run, key, family, layout, wholes, spread, frame, units=True) if end else None
+    views = [layout.tiles(whole) for whole in wholes]
+    found = _kernel(run, f"gradients {by_numbers}", family, layout, views, 0, spread, frame)
     if found is None:
         return _gradients(family, layout, flat, steep, spread, frame, by_numbers)
-    views = [layout.tiles(whole) for whole in wholes]
     out, *each = found(*views, layout.held(spread), frame, _units(frame, len(views[0])))
-    out, sums = out.view(-1), None
-    if each:
-        sums = each[0] if columns == 1 else torch.stack([part.view(-1, columns).sum(0) for part in each])
+    out = out.view(-1)
+    sums = each[0].view(len(each[0]), -1, columns).sum(1) if each else None
     if end < len(flat):
         rest, more = _gradients(family, layout, flat[end:], steep[end:], spread, frame, by_numbers)
         out, sums = torch.cat([out, rest]), None if sums is None or more is None else sums + more
@@ -250,20 +248,22 @@ def _units(frame: Tensor, rows: int) -> Tensor:
 
 
 def _kernel(
-    run: Any, name: str, family: Family, layout: Layout, flats: list[Tensor], spread: Tensor, frame: Tensor, units=False
+    run: Any, name: str, family: Family, layout: Layout, views: list[Tensor], axis: int, spread: Tensor, frame: Tensor
 ) -> Any:
-    """The kernel of `run` for tiles of this kind, of which there may be any number."""
-    tile = layout.tiles(flats[0]).shape[1:]
-    key = (name, family, layout.kind, tile, len(spread), flats[0].dtype, spread.dtype, spread.device)
+    """The kernel of `run` for views of this kind, of any size along `axis`."""
+    shape = list(views[0].shape)
+    del shape[axis]
+    key = (name, family, layout.kind, *shape, len(spread), views[0].dtype, spread.dtype, spread.device)
 
     def example() -> list[tuple[Tensor, tuple[int, ...]]]:
-        count = max(8, 2**20 // prod(tile))
-        made: list[tuple[Tensor, tuple[int, ...]]] = [(flat.new_zeros(count, *tile), (0,)) for flat in flats]
+        count = max(8, 2**20 // prod(shape))
+        shape.insert(axis, count)
+        made: list[tuple[Tensor, tuple[int, ...]]] = [(view.new_zeros(shape), (axis,)) for view in views]
         if layout.kind == "group":
             made.append((spread[:, :1].repeat(1, count, 1), (1,)))
         else:
             made.append((layout.held(spread), ()))
-        return [*made, (frame, ()), *([(_units(frame, count), (0,))] if units else [])]
+        return [*made, (frame, ()), *([(_units(frame, count), (0,))] if len(views) > 1 else [])]
 
     return engine.kernel(key, run, example)
 

@@ -28,8 +28,17 @@ SAVED = {"forward": 3e-9, "both": 1e-8}
 COST = 20.0
 """Seconds that making the kernels of one family and degree takes, at most."""
 
-OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast", "cpp.max_horizontal_fusion_size": 64}
-"""Multiply and add in one instruction, which rounds once: a third faster, and no less accurate. One loop for all."""
+OPTIONS = {
+    # multiply and add in one instruction, which rounds once: a third faster, and no less accurate
+    "cpp.enable_floating_point_contract_flag": "fast",
+    # one loop for all
+    "cpp.max_horizontal_fusion_size": 64,
+    # nothing in between is written to memory, see `_traced_once`
+    "realize_cpu_opcount_threshold": 10**6,
+    "realize_cpu_acc_reads_threshold": 10**6,
+    "realize_reads_threshold": 10**6,
+    "realize_opusers_threshold": 10**6,
+}
 
 
 class _State:
@@ -99,9 +108,9 @@ def kernel(
 ) -> Callable[..., Sequence[Tensor]] | None:
     """The kernel of `function`, which returns a tuple, made once for each `key`; None where kernels cannot be made.
 
-    `example` gives arguments with their axes that vary, all by the one size that is the first argument's first. A key
-    stands for everything else that the kernel depends on: on a CPU what the compiler made is called as it is, without
-    the checks of `torch.compile`, which take as long as 100,000 values.
+    `example` gives arguments with their axes that vary, all by the one size of the first argument's first such axis. A
+    key stands for everything else that the kernel depends on: on a CPU what the compiler made is called as it is,
+    without the checks of `torch.compile`, which take as long as 100,000 values.
     """
     if key in _kernels:
         return _kernels[key]
@@ -110,19 +119,27 @@ def kernel(
     # a code object of its own: the compiler counts recompilations by code object
     code = function.__code__.replace(co_name=f"orthoact_{len(_kernels)}")
     own = types.FunctionType(code, function.__globals__, code.co_name, None, function.__closure__)
-    from torch._inductor.config import patch
+    import torch._functorch.config
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     made: list[Callable[..., Sequence[Tensor]]] = []
 
-    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
-        with patch(OPTIONS):
-            compiled: Callable[..., Sequence[Tensor]] = torch._dynamo.lookup_backend("inductor")(graph, inputs)
-        names = [node.target for node in graph.graph.nodes if node.op == "placeholder"]
-        order = [places.get(name) for name in names]
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
+        inner: list[Callable[[list[Any]], Sequence[Tensor]]] = []
 
-        def run(*arguments: Tensor) -> Sequence[Tensor]:
-            size: Any = arguments[0].shape[0]
-            return compiled(*(size if place is None else arguments[place] for place in order))
+        def compiler(*given: Any, **how: Any) -> Any:
+            inner.append(compile_fx_inner(*given, **how))
+            return inner[-1]
+
+        # a hit of autograd's cache would pass the compiler by; the compiler has a cache of its own
+        with torch._functorch.config.patch(enable_autograd_cache=False), _traced_once():
+            compiled: Any = compile_fx(graph, inputs, inner_compile=compiler, config_patches=OPTIONS)
+        (call,) = inner
+        order = [places.get(node.target) for node in graph.graph.nodes if node.op == "placeholder"]
+
+        def run(*tensors: Tensor) -> Sequence[Tensor]:
+            size: Any = tensors[0].shape[axis]
+            return call([size if place is None else tensors[place] for place in order])
 
         made.append(run)
         return compiled
@@ -132,10 +149,11 @@ def kernel(
         with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             arguments = example()
+            axis = next(iter(arguments[0][1]))
             for tensor, sizes in arguments:
                 for size in sizes:
                     torch._dynamo.mark_dynamic(tensor, size)
-            guarded = torch.compile(own, fullgraph=True, dynamic=False, backend=keep)
+            guarded = torch.compile(own, fullgraph=True, dynamic=False, backend=backend)
             guarded(*(tensor for tensor, _ in arguments))
         # on a GPU with the checks, of alignment too: they are hidden behind the kernels that run
         _kernels[key] = made[0] if arguments[0][0].device.type == "cpu" else guarded
@@ -145,3 +163,36 @@ def kernel(
         warnings.warn(f"torch.compile failed, so activations are computed eagerly: {_State.broken}", stacklevel=2)
         return None
     return _kernels[key]
+
+
+@contextmanager
+def _traced_once():
+    """Let the compiler trace a value that is used several times once.
+
+    It would do so once for each use, and so for the uses of each use: it keeps that from taking for ever by writing
+    values in between to memory, which takes more time than all of an activation's arithmetic.
+    """
+    from torch._inductor.ir import Pointwise
+    from torch._inductor.virtualized import V
+
+    plain = Pointwise.make_loader
+
+    def make_loader(self: Pointwise) -> Callable:
+        load, handler, known = plain(self), None, {}
+
+        def once(index: Sequence) -> Any:
+            nonlocal handler, known
+            if handler is not V.get_ops_handler():  # another pass over the graph, or another scope
+                handler, known = V.get_ops_handler(), {}
+            place = tuple(index)
+            if place not in known:
+                known[place] = load(index)
+            return known[place]
+
+        return once
+
+    Pointwise.make_loader = make_loader
+    try:
+        yield
+    finally:
+        Pointwise.make_loader = plain

@@ -16,6 +16,9 @@ BLOCK = 2**16
 ROW = 4096
 """Values of a row that the kernels sum in one go, where all share their numbers."""
 
+STREAMS = 4
+"""Places in a tensor that the kernel of values goes through side by side: it reads the numbers once for all."""
+
 ROWS = 8
 """Rows of a tile where each channel has its numbers: the kernels read these once for all."""
 
@@ -79,9 +82,9 @@ class Layout:
         inner = self.channels // count * self.inner
         return flat.view(len(flat) // max(count * inner, 1), count, inner)
 
-    def whole(self, size: int) -> int:
-        """How many of `size` values the kernels take, whose tiles have a fixed size; the eager path takes the rest."""
-        tile = {"one": ROW, "channel": ROWS * self.channels, "group": 1}[self.kind]
+    def whole(self, size: int, unit: int) -> int:
+        """How many of `size` values a kernel takes, whole tiles or `unit`s without groups; the eager path the rest."""
+        tile = {"one": unit, "channel": ROWS * self.channels, "group": 1}[self.kind]
         return size - size % tile
 
     def tiles(self, flat: Tensor) -> Tensor:
