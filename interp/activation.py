@@ -13,7 +13,7 @@ import ctypes
 from collections.abc import Callable
 from contextlib import contextmanager
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -198,22 +198,27 @@ class Activation(nn.Module):
             return torch.nested.as_nested_tensor([self(part) for part in input.unbind()])
         if self.groups is not None:
             self._check_groups(input)
-        dtype = torch.promote_types(input.dtype, torch.float32)
-        numbers, frame = self.numbers(dtype)
-        run = curve.plain if curve.is_whole(input) else curve.Curve.apply if torch.is_grad_enabled() else curve.values
-        return run(input, numbers, frame, self.family, self.groups, self.channel)
+        dtype, how = torch.promote_types(input.dtype, torch.float32), (self.family, self.groups, self.channel)
+        rest = None
+        if curve.is_whole(input) or curve.is_whole(self.theta):
+            return curve.plain(input, *self.numbers(dtype), *how)
+        if self.theta.device.type == "cpu":
+            rest = self._rest_now()
+            numbers, frame = rest.rounded(self.theta, dtype), rest.frame(dtype)
+        else:
+            numbers, frame = self.numbers(dtype)
+        if not torch.is_grad_enabled():
+            return curve.values(input, numbers, frame, *how)
+        if rest is None or not self.theta.requires_grad:
+            return curve.Curve.apply(input, numbers, frame, None, *how)
+        return curve.Curve.apply(input, self.theta, frame, Source(self, rest), *how)
 
     def numbers(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """What `curve` takes: the core's numbers and the slopes outwards of the tails, and the joints and the unit.
 
         In float64, and then rounded: the conversion has large entries; and autocast leaves it alone.
         """
-        if self.theta.device.type != "cpu" or curve.is_whole(self.theta):
-            return self._numbers(self.theta).to(dtype), self._frame().to(dtype)
-        theta, rest = self.theta, self._rest_now()
-        if torch.is_grad_enabled() and theta.requires_grad:
-            return Numbers.apply(theta, self, rest, dtype), rest.frame(dtype)
-        return rest.rounded(theta, dtype), rest.frame(dtype)
+        return self._numbers(self.theta).to(dtype), self._frame().to(dtype)
 
     def _rest_now(self) -> Rest:
         """Made again when a tensor has changed, by whatever means: its content is compared, not its version."""
@@ -336,22 +341,21 @@ class Rest:
         return _product(found, self.transform)
 
 
-class Numbers(torch.autograd.Function):
-    """`Rest.numbers` with its derivative; without `setup_context`, which takes as long again."""
+class Source(NamedTuple):
+    """How the numbers of a `Curve` follow from theta, and their derivative: without a node of autograd of their own."""
 
-    @staticmethod
-    def forward(ctx: Any, theta: Tensor, act: Activation, rest: Rest, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(theta)
-        ctx.how = act, rest, dtype
-        return rest.rounded(theta, dtype).detach()
+    act: Activation
+    rest: Rest
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (theta,), (act, rest, dtype), (grad,) = ctx.saved_tensors, ctx.how, grads
-        if torch.is_grad_enabled():  # gradients of the gradients are wanted
-            numbers = act._numbers(theta).to(dtype)
-            return *torch.autograd.grad(numbers, theta, grad, create_graph=True), None, None, None
-        return torch.from_numpy(rest.gradient(theta, _numpy(grad))).to(theta.dtype), None, None, None
+    def numbers(self, theta: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.rest.rounded(theta, dtype)
+
+    def recorded(self, theta: Tensor, dtype: torch.dtype) -> Tensor:
+        """The same by operations that can be differentiated."""
+        return self.act._numbers(theta).to(dtype)
+
+    def gradient(self, theta: Tensor, by: Tensor) -> Tensor:
+        return torch.from_numpy(self.rest.gradient(theta, _numpy(by))).to(theta.dtype)
 
 
 def _content(tensor: Tensor) -> bytes:

@@ -89,37 +89,39 @@ def plain(x: Tensor, numbers: Tensor, frame: Tensor, family: Family, groups: int
 class Curve(torch.autograd.Function):
     """F of x for numbers (n,) or (groups, n) and a frame (4,), both of the dtype that is computed in.
 
-    Without `setup_context`, for which autograd binds the arguments at every call: that takes as long as 100,000 values.
+    With a `source` theta is given in place of the numbers, which follow from it by `activation.Source`. Without
+    `setup_context`, for which autograd binds the arguments at every call: that takes as long as 100,000 values.
     Transforms, which need it, take `plain`.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, numbers: Tensor, frame: Tensor, *how: Any) -> Tensor:
-        ctx.save_for_backward(x, numbers, frame)
-        ctx.how = how
-        return values(x, numbers, frame, *how)
+    def forward(ctx: Any, x: Tensor, theta: Tensor, frame: Tensor, source: Any, *how: Any) -> Tensor:
+        ctx.save_for_backward(x, theta, frame)
+        ctx.source, ctx.how = source, how
+        return values(x, source.numbers(theta, frame.dtype) if source else theta, frame, *how)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x, numbers, frame), (family, groups, channel), (grad,) = ctx.saved_tensors, ctx.how, grads
-        by_x, by_numbers = ctx.needs_input_grad[:2]
+        (x, theta, frame), source, (family, groups, channel), (grad,) = ctx.saved_tensors, ctx.source, ctx.how, grads
+        by_x, by_theta = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():  # gradients of the gradients are wanted
-            inputs = [x] * by_x + [numbers] * by_numbers
-            again = plain(x, numbers, frame, family, groups, channel)
+            inputs = [x] * by_x + [theta] * by_theta
+            again = plain(x, source.recorded(theta, frame.dtype) if source else theta, frame, family, groups, channel)
             found = torch.autograd.grad(again, inputs, grad, create_graph=True)
-            return found[0] if by_x else None, found[-1] if by_numbers else None, None, None, None, None
+            return found[0] if by_x else None, found[-1] if by_theta else None, *[None] * 5
+        numbers = source.numbers(theta, frame.dtype) if source else theta
         layout = Layout.of(x, groups, channel)
         run = _gradients_by_kernel if engine.get_path() == "compiled" and x.numel() else _gradients
         steep = layout.flat(grad)
-        flat, sums = run(family, layout, layout.flat(x), steep, layout.spread(numbers), frame, by_numbers)
+        flat, sums = run(family, layout, layout.flat(x), steep, layout.spread(numbers), frame, by_theta)
         by_x = layout.restore(flat) if by_x else None
-        whole = torch.zeros_like(numbers) if by_numbers and sums is None else None
+        whole = torch.zeros_like(numbers) if by_theta and sums is None else None
         if sums is not None:  # by any numbers between the first and the last two they are zero
-            sums = layout.gather(sums)
-            core, tails = sums.split((sums.shape[-1] - 2, 2), dim=-1)
-            between = numbers.shape[-1] - sums.shape[-1]
-            whole = torch.cat([core, core.new_zeros(*core.shape[:-1], between), tails], dim=-1)
-        return by_x, whole, None, None, None, None
+            whole = layout.gather(sums)
+            if between := numbers.shape[-1] - whole.shape[-1]:
+                core, tails = whole.split((whole.shape[-1] - 2, 2), dim=-1)
+                whole = torch.cat([core, core.new_zeros(*core.shape[:-1], between), tails], dim=-1)
+        return by_x, source.gradient(theta, whole) if source and whole is not None else whole, *[None] * 5
 
 
 def values(
@@ -133,7 +135,7 @@ def values(
 
 def _values(family: Family, layout: Layout, flat: Tensor, spread: Tensor, frame: Tensor) -> Tensor:
     joints = _eager_frame(frame)
-    if layout.kind == "one" and len(flat) <= BLOCK:
+    if layout.kind == "one" and flat.numel() <= BLOCK:
         return value(family, flat.to(spread.dtype), _numbers(spread), joints).to(flat.dtype)
     out = torch.empty_like(flat)
     source, into = layout.columns(flat), layout.columns(out)
@@ -183,10 +185,10 @@ def _total(part: Tensor, grad: Tensor, layout: Layout) -> Tensor:
 
 def _values_by_kernel(family: Family, layout: Layout, flat: Tensor, spread: Tensor, frame: Tensor) -> Tensor:
     streams = STREAMS if flat.device.type == "cpu" else 1
-    end = layout.whole(len(flat), streams)
+    end = layout.whole(flat.numel(), streams)
     if not end:
         return _values(family, layout, flat, spread, frame)
-    whole = flat if end == len(flat) else flat[:end]
+    whole = flat if end == flat.numel() else flat[:end]
     x, split = (whole.view(streams, -1), 0) if layout.kind == "one" else (layout.tiles(whole), 1)
 
     def run(x: Tensor, numbers: Tensor, frame: Tensor) -> tuple[Tensor, ...]:
@@ -201,13 +203,13 @@ def _values_by_kernel(family: Family, layout: Layout, flat: Tensor, spread: Tens
     if found is None:
         return _values(family, layout, flat, spread, frame)
     out = found(x, layout.held(spread), frame)[0].view(-1)
-    return out if end == len(flat) else torch.cat([out, _values(family, layout, flat[end:], spread, frame)])
+    return out if end == flat.numel() else torch.cat([out, _values(family, layout, flat[end:], spread, frame)])
 
 
 def _gradients_by_kernel(
     family: Family, layout: Layout, flat: Tensor, steep: Tensor, spread: Tensor, frame: Tensor, by_numbers: bool
 ) -> tuple[Tensor, Tensor | None]:
-    end, columns = layout.whole(len(flat), ROW), spread.shape[1]
+    end, columns = layout.whole(flat.numel(), ROW), spread.shape[1]
     if not end:
         return _gradients(family, layout, flat, steep, spread, frame, by_numbers)
 
@@ -228,15 +230,15 @@ def _gradients_by_kernel(
             sums = [sum(parts) for parts in zip(*(parts for _, parts in rows), strict=True)]
         return out, *([torch.stack(sums)] if sums else [])
 
-    wholes = [flat, steep] if end == len(flat) else [flat[:end], steep[:end]]
+    wholes = [flat, steep] if end == flat.numel() else [flat[:end], steep[:end]]
     views = [layout.tiles(whole) for whole in wholes]
     found = _kernel(run, f"gradients {by_numbers}", family, layout, views, 0, spread, frame)
     if found is None:
         return _gradients(family, layout, flat, steep, spread, frame, by_numbers)
-    out, *each = found(*views, layout.held(spread), frame, _units(frame, len(views[0])))
+    out, *each = found(*views, layout.held(spread), frame, _units(frame, views[0].shape[0]))
     out = out.view(-1)
-    sums = each[0].view(len(each[0]), -1, columns).sum(1) if each else None
-    if end < len(flat):
+    sums = each[0].view(each[0].shape[0], -1, columns).sum(1) if each else None
+    if end < flat.numel():
         rest, more = _gradients(family, layout, flat[end:], steep[end:], spread, frame, by_numbers)
         out, sums = torch.cat([out, rest]), None if sums is None or more is None else sums + more
     return out, sums
@@ -253,7 +255,7 @@ def _kernel(
     """The kernel of `run` for views of this kind, of any size along `axis`."""
     shape = list(views[0].shape)
     del shape[axis]
-    key = (name, family, layout.kind, *shape, len(spread), views[0].dtype, spread.dtype, spread.device)
+    key = (name, family, layout.kind, *shape, spread.shape[0], views[0].dtype, spread.dtype, spread.device)
 
     def example() -> list[tuple[Tensor, tuple[int, ...]]]:
         count = max(8, 2**20 // prod(shape))

@@ -116,7 +116,7 @@ def test_gradients_to_second_order(family):
         core = a if act._conversion is None else (act._conversion * a.unsqueeze(-2)).sum(-1)
         slopes = act.core_slopes(a) + act.jumps.double()
         numbers = torch.cat([core, -slopes[..., :1], slopes[..., 1:]], -1)
-        return curve.Curve.apply(x, numbers, act.numbers(torch.float64)[1], act.family, 2, -1)
+        return curve.Curve.apply(x, numbers, act.numbers(torch.float64)[1], None, act.family, 2, -1)
 
     torch.testing.assert_close(of(x, theta), act(x), rtol=1e-12, atol=1e-12)
     assert gradcheck(of, (x, theta), atol=1e-6, rtol=1e-4)
