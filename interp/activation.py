@@ -10,7 +10,7 @@ these inputs; the tails keep them where the target has them.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -222,9 +222,8 @@ class Activation(nn.Module):
 
     def _rest_now(self) -> Rest:
         """Made again when a tensor has changed, by whatever means: its content is compared, not its version."""
-        content = [_content(buffer) for buffer in self._buffers.values()]
-        if self._rest is None or self._rest.content != content:
-            self._rest = Rest(self, content)
+        if self._rest is None or not self._rest.is_of(self._buffers.values()):
+            self._rest = Rest(self)
         return self._rest
 
     def _numbers(self, theta: Tensor) -> Tensor:
@@ -277,9 +276,9 @@ class Rest:
     By numpy, whose operations on so few numbers take a fraction of the time of torch's.
     """
 
-    def __init__(self, act: Activation, content: list[bytes]):
+    def __init__(self, act: Activation):
         n, self.family, self.tails = act.start.numel(), act.family, act.tails != "none"
-        self.content = content
+        self.buffers = [Held.now(buffer) for buffer in act._buffers.values()]
         self.start, self.transform = _numpy(act.start), _numpy(act.transform)
         self.jumps = _numpy(act.jumps) * (-1.0, 1.0)
         self.ends = np.array([act.lo.item(), act.hi.item()])
@@ -294,7 +293,12 @@ class Rest:
             self.level, self.matrix = matrix @ self.start, matrix @ self.transform
             self.level[-2:] += self.jumps * self.tails
         self.frames: dict[torch.dtype, Tensor] = {}
-        self.theta, self.made = b"", {}
+        self.theta: Held | None = None
+        self.made: dict[torch.dtype, Tensor] = {}
+
+    def is_of(self, buffers: Iterable[Tensor]) -> bool:
+        """Whether these are the tensors that it was made from, with the same content."""
+        return all(held.is_now(buffer) for held, buffer in zip(self.buffers, buffers, strict=True))
 
     def at(self) -> np.ndarray:
         return (self.ends - self.location) / self.scale
@@ -308,12 +312,11 @@ class Rest:
 
     def rounded(self, theta: Tensor, dtype: torch.dtype) -> Tensor:
         """The numbers for this theta, the same tensor each time until it changes."""
-        content = _content(theta)
-        if content != self.theta:
-            self.theta, self.made = content, {}
+        if self.theta is None or not self.theta.is_now(theta):
+            self.theta, self.made = Held.now(theta), {}
         if dtype not in self.made:
-            with torch.inference_mode(False):
-                self.made[dtype] = torch.from_numpy(self.numbers(theta)).to(dtype)
+            with torch.inference_mode(False):  # those of all groups side by side, as the kernels read them
+                self.made[dtype] = torch.from_numpy(self.numbers(theta)).t().to(dtype).contiguous().t()
         return self.made[dtype]
 
     def numbers(self, theta: Tensor) -> np.ndarray:
@@ -358,11 +361,27 @@ class Source(NamedTuple):
         return torch.from_numpy(self.rest.gradient(theta, _numpy(by))).to(theta.dtype)
 
 
-def _content(tensor: Tensor) -> bytes:
-    """The bytes of a tensor on a CPU, by the shortest way there is; one that numpy reads can never be resized."""
-    if not tensor.is_contiguous():
-        tensor = tensor.contiguous()
-    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
+class Held(NamedTuple):
+    """A tensor on a CPU and its bytes, read by the shortest way there is; one that numpy reads can never be resized."""
+
+    tensor: Tensor
+    address: int
+    content: bytes
+
+    @staticmethod
+    def now(tensor: Tensor) -> Held:
+        if not tensor.is_contiguous():
+            return Held(tensor, 0, b"")
+        return Held(tensor, tensor.data_ptr(), ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
+
+    def is_now(self, tensor: Tensor) -> bool:
+        """Whether it is the same tensor in the same place with the same bytes."""
+        tensor_then, address, content = self
+        return (
+            tensor is tensor_then
+            and tensor.data_ptr() == address
+            and ctypes.string_at(address, len(content)) == content
+        )
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

@@ -12,13 +12,14 @@ from __future__ import annotations
 from math import prod
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import engine
 from .family import Family, fma
-from .layout import BLOCK, ROW, STREAMS, Layout, blocks
+from .layout import FEW, ROW, STREAMS, Layout, blocks
 
 
 class Frame(NamedTuple):
@@ -49,6 +50,15 @@ def value(family: Family, x: Tensor, numbers: list[Tensor], frame: Frame) -> Ten
     core_value = family.value(core, z)
     core_value = fma(below, left, core_value, over=core_value)
     return fma(above, right, core_value, over=core_value)
+
+
+def value_of_few(family: Family, x: np.ndarray, numbers: list[float], frame: list[float]) -> np.ndarray:
+    """F at few x by numpy, whose operations take a third of the time of torch's."""
+    (*core, left, right), (lo, hi, unit, offset) = numbers, frame
+    inside = np.clip(x, lo, hi)
+    beyond = x - inside
+    tails = np.maximum(beyond, 0) * right - np.minimum(beyond, 0) * left
+    return family.value(core, inside * unit + offset) + tails
 
 
 def derivatives(
@@ -134,9 +144,10 @@ def values(
 
 
 def _values(family: Family, layout: Layout, flat: Tensor, spread: Tensor, frame: Tensor) -> Tensor:
+    if layout.kind == "one" and flat.numel() <= FEW and flat.device.type == "cpu":
+        few = flat.to(spread.dtype, copy=True).numpy()  # a copy: a storage that numpy has seen cannot be resized
+        return torch.from_numpy(value_of_few(family, few, spread.view(-1).tolist(), frame.tolist())).to(flat.dtype)
     joints = _eager_frame(frame)
-    if layout.kind == "one" and flat.numel() <= BLOCK:
-        return value(family, flat.to(spread.dtype), _numbers(spread), joints).to(flat.dtype)
     out = torch.empty_like(flat)
     source, into = layout.columns(flat), layout.columns(out)
     with torch.inference_mode():

@@ -8,7 +8,7 @@ from math import factorial, pi
 import numpy as np
 import torch
 
-from .family import Array, Separable
+from .family import Array, Separable, fma
 from .variance import Moments, balance
 
 
@@ -27,7 +27,8 @@ def cos_sin(angle: Array) -> tuple[Array, Array]:
     turns = turns - torch.round(turns)
     square = turns * turns
     sine = turns * _horner(HALF_SINE, square)
-    return 1 - 2 * sine * sine, 2 * sine * _horner(HALF_COSINE, square)
+    twice = 2 * sine
+    return 1 - twice * sine, twice * _horner(HALF_COSINE, square)
 
 
 def _polynomial(function: Callable[[np.ndarray], np.ndarray], degree: int) -> list[float]:
@@ -120,7 +121,10 @@ class Fourier(Separable):
     def evaluate(self, parameters: list[Array], z: Array) -> Array:
         level, a, b, shape, degree = self.split(parameters)
         cosines, sines, _ = self.waves(shape, z, degree)
-        return sum((a[k] * cosines[k] + b[k] * sines[k] for k in range(degree)), level + z * 0)
+        value = a[0] * cosines[0] + level
+        for number, wave in zip([*a[1:], *b], [*cosines[1:], *sines], strict=True):
+            value = fma(number, wave, value, over=value)
+        return value
 
     def slope(self, parameters: list[Array], z: Array) -> Array:
         _, a, b, shape, degree = self.split(parameters)
@@ -143,6 +147,25 @@ class Fourier(Separable):
             *self.gather(slopes_by_frequency),
         ]
         return values, slopes
+
+    def turned(self, parameters: list[Array], z: Array) -> tuple[Array, list[Array], list[Array], Array]:
+        """The derivative of S by the angle, which those by z and by the frequency share; and the waves."""
+        _, a, b, shape, degree = self.split(parameters)
+        cosines, sines, _ = self.waves(shape, z, degree)
+        value = b[0] * cosines[0]
+        for k in range(1, degree):
+            value = fma((k + 1) * b[k], cosines[k], value, over=value)
+        for k in range(degree):
+            value = fma((-k - 1) * a[k], sines[k], value, over=value)
+        return value, cosines, sines, shape[0]
+
+    def value_slope(self, numbers: list[Array], z: Array) -> Array:
+        turned, _, _, frequency = self.turned(numbers, z)
+        return frequency * turned
+
+    def value_parts(self, numbers: list[Array], z: Array) -> list[Array]:
+        turned, cosines, sines, _ = self.turned(numbers, z)
+        return [z * 0 + 1, *cosines, *sines, z * turned]
 
     def gather(self, by_frequency: list[Array]) -> list[Array]:
         """Derivatives by the learnable frequencies from those by the frequency of each harmonic."""
@@ -208,3 +231,9 @@ class FreeFourier(Fourier):
 
     def gather(self, by_frequency: list[Array]) -> list[Array]:
         return by_frequency
+
+    def value_slope(self, numbers: list[Array], z: Array) -> Array:
+        return self.slope(numbers, z)
+
+    def value_parts(self, numbers: list[Array], z: Array) -> list[Array]:
+        return self.jacobian(numbers, z)[0]

@@ -13,6 +13,9 @@ from torch import Tensor
 BLOCK = 2**16
 """Values of a block of the eager path, for each thread: some blocks fit the cache of a core."""
 
+FEW = 2**15
+"""Values that the eager path computes without blocks, and without threads."""
+
 ROW = 4096
 """Values of a row that the kernels sum in one go, where all share their numbers."""
 
