@@ -10,7 +10,7 @@ these inputs; the tails keep them where the target has them.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import contextmanager
 from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 TENSORS = ("theta", "start", "transform", "location", "scale", "lo", "hi", "jumps")
 """Every tensor of an `Activation` in a file; all are needed to evaluate it."""
+
+
+BUFFERS = tuple(name for name in TENSORS if name != "theta")
 
 
 class Activation(nn.Module):
@@ -222,9 +225,10 @@ class Activation(nn.Module):
 
     def _rest_now(self) -> Rest:
         """Made again when a tensor has changed, by whatever means: its content is compared, not its version."""
-        if self._rest is None or not self._rest.is_of(self._buffers.values()):
-            self._rest = Rest(self)
-        return self._rest
+        rest = self._rest
+        if rest is None or not rest.is_of(self):
+            rest = self._rest = Rest(self)
+        return rest
 
     def _numbers(self, theta: Tensor) -> Tensor:
         wide = torch.float64
@@ -254,6 +258,9 @@ class Activation(nn.Module):
         how = f"degree={self.degree}, tails={self.tails}{groups}, path={engine.get_path()}"
         return f"{self.target} as {self.family.name}, {how}"
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_rest": None}  # what follows from the tensors is in no copy and no file
+
     def _apply(self, fn, recurse=True):
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -278,7 +285,7 @@ class Rest:
 
     def __init__(self, act: Activation):
         n, self.family, self.tails = act.start.numel(), act.family, act.tails != "none"
-        self.buffers = [Held.now(buffer) for buffer in act._buffers.values()]
+        self.buffers = [Held.now(getattr(act, name)) for name in BUFFERS]
         self.start, self.transform = _numpy(act.start), _numpy(act.transform)
         self.jumps = _numpy(act.jumps) * (-1.0, 1.0)
         self.ends = np.array([act.lo.item(), act.hi.item()])
@@ -293,12 +300,11 @@ class Rest:
             self.level, self.matrix = matrix @ self.start, matrix @ self.transform
             self.level[-2:] += self.jumps * self.tails
         self.frames: dict[torch.dtype, Tensor] = {}
-        self.theta: Held | None = None
-        self.made: dict[torch.dtype, Tensor] = {}
+        self.made: tuple[Held, dict[torch.dtype, Tensor]] = Held(None, 0, b""), {}
 
-    def is_of(self, buffers: Iterable[Tensor]) -> bool:
-        """Whether these are the tensors that it was made from, with the same content."""
-        return all(held.is_now(buffer) for held, buffer in zip(self.buffers, buffers, strict=True))
+    def is_of(self, act: Activation) -> bool:
+        """Whether the tensors that it was made from are those of the activation, with the same content."""
+        return all(held.is_now(getattr(act, name)) for name, held in zip(BUFFERS, self.buffers, strict=True))
 
     def at(self) -> np.ndarray:
         return (self.ends - self.location) / self.scale
@@ -307,17 +313,19 @@ class Rest:
         if dtype not in self.frames:
             ends = self.ends if self.tails else (-inf, inf)
             with torch.inference_mode(False):  # kept, and needed for backward later
-                self.frames[dtype] = torch.tensor([*ends, 1 / self.scale, -self.location / self.scale], dtype=dtype)
+                frame = [*ends, 1 / self.scale, -self.location / self.scale]
+                self.frames[dtype] = torch.tensor(frame, dtype=dtype, device="cpu")
         return self.frames[dtype]
 
     def rounded(self, theta: Tensor, dtype: torch.dtype) -> Tensor:
         """The numbers for this theta, the same tensor each time until it changes."""
-        if self.theta is None or not self.theta.is_now(theta):
-            self.theta, self.made = Held.now(theta), {}
-        if dtype not in self.made:
+        held, made = self.made  # replaced together: another thread may run with another theta
+        if not held.is_now(theta):
+            held, made = self.made = Held.now(theta), {}
+        if dtype not in made:
             with torch.inference_mode(False):  # those of all groups side by side, as the kernels read them
-                self.made[dtype] = torch.from_numpy(self.numbers(theta)).t().to(dtype).contiguous().t()
-        return self.made[dtype]
+                made[dtype] = torch.from_numpy(self.numbers(theta)).t().to(dtype).contiguous().t()
+        return made[dtype]
 
     def numbers(self, theta: Tensor) -> np.ndarray:
         """What `Activation._numbers` computes."""
@@ -364,22 +372,25 @@ class Source(NamedTuple):
 class Held(NamedTuple):
     """A tensor on a CPU and its bytes, read by the shortest way there is; one that numpy reads can never be resized."""
 
-    tensor: Tensor
+    tensor: Tensor | None
+    """None for one that cannot be held: what it is made from would live on with it, or it does not lie in one piece."""
     address: int
     content: bytes
 
     @staticmethod
     def now(tensor: Tensor) -> Held:
-        if not tensor.is_contiguous():
-            return Held(tensor, 0, b"")
+        if tensor.grad_fn is not None or not (tensor.is_cpu and tensor.is_contiguous()):
+            return Held(None, 0, b"")
         return Held(tensor, tensor.data_ptr(), ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
 
     def is_now(self, tensor: Tensor) -> bool:
         """Whether it is the same tensor in the same place with the same bytes."""
-        tensor_then, address, content = self
+        then, address, content = self
         return (
-            tensor is tensor_then
+            tensor is then
             and tensor.data_ptr() == address
+            and tensor.nbytes == len(content)
+            and tensor.is_contiguous()
             and ctypes.string_at(address, len(content)) == content
         )
 

@@ -55,10 +55,11 @@ def value(family: Family, x: Tensor, numbers: list[Tensor], frame: Frame) -> Ten
 def value_of_few(family: Family, x: np.ndarray, numbers: list[float], frame: list[float]) -> np.ndarray:
     """F at few x by numpy, whose operations take a third of the time of torch's."""
     (*core, left, right), (lo, hi, unit, offset) = numbers, frame
-    inside = np.clip(x, lo, hi)
-    beyond = x - inside
-    tails = np.maximum(beyond, 0) * right - np.minimum(beyond, 0) * left
-    return family.value(core, inside * unit + offset) + tails
+    with np.errstate(all="ignore"):
+        inside = np.clip(x, lo, hi)
+        beyond = x - inside
+        tails = np.maximum(beyond, 0) * right - np.minimum(beyond, 0) * left
+        return family.value(core, inside * unit + offset) + tails
 
 
 def derivatives(
@@ -115,6 +116,10 @@ class Curve(torch.autograd.Function):
         (x, theta, frame), source, (family, groups, channel), (grad,) = ctx.saved_tensors, ctx.source, ctx.how, grads
         by_x, by_theta = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():  # gradients of the gradients are wanted
+            x, theta = (
+                x.view_as(x),
+                theta.view_as(theta),
+            )  # one may follow from the other: the ways are the outer pass's
             inputs = [x] * by_x + [theta] * by_theta
             again = plain(x, source.recorded(theta, frame.dtype) if source else theta, frame, family, groups, channel)
             found = torch.autograd.grad(again, inputs, grad, create_graph=True)
@@ -288,5 +293,7 @@ def is_whole(x: Tensor) -> bool:
         or type(x) not in (Tensor, torch.nn.Parameter)
         or x.is_meta
         or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
     )

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck, graph
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
 from orthoact.interp import FAMILIES, Activation, OrthoactError, curve, engine, fit, halving, layout
@@ -137,6 +139,62 @@ def test_second_derivatives_of_the_module_are_those_of_recorded_operations(famil
     monkeypatch.setattr(curve, "is_whole", lambda x: True)
     torch.testing.assert_close(found, curvature(), rtol=1e-4, atol=1e-4)
     assert found.abs().max() > 1e-3
+
+
+def test_one_activation_twice_in_a_row():
+    """Its input follows from its own theta: with and without a graph the gradient is the same."""
+    act, x = activation(), torch.randn(50)
+    plain, recorded = (
+        torch.autograd.grad((act(2 * act(x)) ** 2).sum(), act.theta, create_graph=graph)[0] for graph in (False, True)
+    )
+    torch.testing.assert_close(plain, recorded, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("tracer", ["jit", "fx"])
+def test_traces_are_of_the_function_and_not_of_one_output(tracer):
+    act, x, other = activation(), torch.randn(5), torch.randn(5)
+    with torch.no_grad():
+        if tracer == "jit":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                traced = torch.jit.trace(act, x, check_trace=False)
+        else:
+            traced = make_fx(act)(x)
+        torch.testing.assert_close(traced(other), act(other))
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.by = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, tensor):
+        return self.by * tensor
+
+
+def test_theta_and_buffers_that_follow_from_others():
+    act, x = activation(), torch.randn(50)
+    act.register_buffer("other", torch.zeros(1))
+    for name in ("theta", "start"):
+        register_parametrization(act, name, Scaled())
+        before = act(x)
+        with torch.no_grad():
+            act.parametrizations[name][0].by.fill_(-3.0)
+        torch.testing.assert_close(act(x), curve.plain(x, *act.numbers(torch.float32), act.family, None, -1))
+        assert (act(x) - before).abs().max() > 1e-3
+    (grad,) = torch.autograd.grad(act(x).sum(), act.parametrizations["theta"].original)
+    assert grad.abs().max() > 0
+    assert torch.equal(copy.deepcopy(act)(x), act(x))
+
+
+def test_tensors_that_change_by_other_means():
+    """By `.data`, in place or not, and seen as another shape: the content decides."""
+    act, x = activation(degree=4, groups=5), torch.randn(8, 5)
+    act(x)
+    act.theta.data = act.theta.data.t()
+    act.start.data += 0.1
+    act.hi.data = torch.tensor(2.0)
+    torch.testing.assert_close(act(x), curve.plain(x, *act.numbers(torch.float32), act.family, 5, -1))
 
 
 @pytest.mark.parametrize("options", [{}, {"groups": 3}, {"groups": 3, "channel": 1}], ids=["one", "last", "second"])
