@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+
 def trip(model: Any, load: Any) -> dict[str, Any]:
     """Convert, save, reload, perturb, and load where orthoact is absent."""
     import timm

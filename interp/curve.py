@@ -243,7 +243,7 @@ def _gradients_by_kernel(
         else:
             rows = [of(*pair) for pair in zip(x.unbind(1), grad.unbind(1), strict=True)]
             out = torch.stack([out for out, _ in rows], 1)
-            sums = [sum(parts) for parts in zip(*(parts for _, parts in rows), strict=True)]
+            sums = [sum(parts[1:], parts[0]) for parts in zip(*(parts for _, parts in rows), strict=True)]
         return out, *([torch.stack(sums)] if sums else [])
 
     wholes = [flat, steep] if end == flat.numel() else [flat[:end], steep[:end]]
