@@ -9,6 +9,7 @@ taken in the same pass: in float32 or better within some thousand values, then o
 
 from __future__ import annotations
 
+from functools import reduce
 from math import prod
 from typing import Any, NamedTuple
 
@@ -243,7 +244,7 @@ def _gradients_by_kernel(
         else:
             rows = [of(*pair) for pair in zip(x.unbind(1), grad.unbind(1), strict=True)]
             out = torch.stack([out for out, _ in rows], 1)
-            sums = [sum(parts[1:], parts[0]) for parts in zip(*(parts for _, parts in rows), strict=True)]
+            sums = [reduce(torch.add, parts) for parts in zip(*(parts for _, parts in rows), strict=True)]
         return out, *([torch.stack(sums)] if sums else [])
 
     wholes = [flat, steep] if end == flat.numel() else [flat[:end], steep[:end]]
