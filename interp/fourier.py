@@ -17,7 +17,7 @@ def cos_sin(angle: Array) -> tuple[Array, Array]:
 
     To 1e-6, and further out to thrice what rounding the angle to float32 does.
 
-    >>> [round(wave, 6) for wave in cos_sin(pi / 3)]
+    >>> [round(float(wave), 6) for wave in cos_sin(pi / 3)]
     [0.5, 0.866025]
     """
     if not torch.is_tensor(angle):
