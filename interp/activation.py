@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 TENSORS = ("theta", "start", "transform", "location", "scale", "lo", "hi", "jumps")
 """Every tensor of an `Activation` in a file; all are needed to evaluate it."""
 
-
 BUFFERS = tuple(name for name in TENSORS if name != "theta")
+"""Those that do not learn."""
 
 
 class Activation(nn.Module):
@@ -202,9 +202,9 @@ class Activation(nn.Module):
         if self.groups is not None:
             self._check_groups(input)
         dtype, how = torch.promote_types(input.dtype, torch.float32), (self.family, self.groups, self.channel)
-        rest = None
         if curve.is_whole(input) or curve.is_whole(self.theta):
             return curve.plain(input, *self.numbers(dtype), *how)
+        rest = None
         if self.theta.device.type == "cpu":
             rest = self._rest_now()
             numbers, frame = rest.rounded(self.theta, dtype), rest.frame(dtype)

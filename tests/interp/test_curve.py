@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
-from orthoact.interp import FAMILIES, Activation, OrthoactError, curve, engine, fit, halving, layout
+from orthoact.interp import FAMILIES, Activation, OrthoactError, curve, engine, fit, fourier, halving, layout
 
 NAMES = list(FAMILIES)
 SHAPES = {
@@ -170,6 +170,18 @@ class Scaled(nn.Module):
 
     def forward(self, tensor):
         return self.by * tensor
+
+
+def test_sine_and_cosine_of_kernels(monkeypatch):
+    angle = torch.linspace(-4 * torch.pi, 4 * torch.pi, 100_001)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with torch.no_grad():
+        found = fourier.cos_sin(angle)
+    for made, library, exact in zip(
+        found, (torch.cos, torch.sin), fourier.cos_sin(angle.double().numpy()), strict=True
+    ):
+        assert not torch.equal(made, library(angle)), "by the polynomials"
+        assert np.abs(made.double().numpy() - exact).max() < 1.5e-6
 
 
 def test_theta_and_buffers_that_follow_from_others():
@@ -385,6 +397,15 @@ assert engine.get_path() == "eager" and "kernels cannot be made" in engine.descr
 
 
 # -- kernels: some seconds for each ------------------------------------------------------------------------------------
+
+
+def test_a_kernel_of_values_takes_any_size():
+    act = activation("fourier", degree=2)
+    with torch.no_grad(), engine.using("compiled"):
+        for size in (1, 3, 4, 6, 4097, 50_001):
+            x = 3 * torch.randn(size)
+            torch.testing.assert_close(act(x), by_hand(act, x).float(), rtol=0, atol=1e-5)
+    assert not engine._State.broken
 
 
 @pytest.mark.long
