@@ -61,6 +61,10 @@ def rows(name: str) -> dict[str, dict[str, Any]]:
             for calibrated in (False, True):
                 title = f"degree {degree}{', calibrated' if calibrated else ''}: {what}"
                 found[title] = {"degree": degree, "calibrated": calibrated, "what": what}
+    for calibrated in (False, True):  # where a handful of numbers at a site is too little
+        for what in ("activations", "activations+norms"):
+            title = f"degree 3{', calibrated' if calibrated else ''}, per channel: {what}"
+            found[title] = {"degree": 3, "calibrated": calibrated, "what": what, "groups": "per-channel"}
     if name == "demo":
         for what, swap in (("activations", "blend"), ("activations+norms", "blend"), ("all", None), ("all", "blend")):
             title = f"degree 4, calibrated, no tails: {what}{', blended in' if swap else ''}"
@@ -104,7 +108,8 @@ def run(name: str, steps: int, row: str, rate: float, seed: int) -> Cell:
         laws = {}
         if made["calibrated"]:
             laws = calibrate_on(source, find_sites(source.model), folder / "calibrate.txt")
-        convert_(source.model, degree=made["degree"], tails=made.get("tails", "linear"), domains=laws)
+        how = {key: made[key] for key in ("tails", "groups") if key in made}
+        convert_(source.model, degree=made["degree"], domains=laws, **how)
         before = exactly(source, options)
         swap = {"swap": made["swap"]} if "swap" in made else {}
         learnt = {"what": made["what"], "rate": rate, "batch_size": BATCH, "seed": seed, **swap}

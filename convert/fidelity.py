@@ -82,7 +82,8 @@ def evaluate(
             count += _count(inputs, batch)
             if not done:
                 left = sum(values) * (len(inputs.items) - 1)
-                stack.enter_context(engine.using(engine.suited(left, training=False)))
+                where = next(model.parameters()).device
+                stack.enter_context(engine.using(engine.suited(left, training=False, device=where)))
             _compare(sums, model, inputs, batch, base, new, labels)
             if progress:
                 progress(done + 1, len(inputs.items))

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .._version import __version__
-from ..interp import curve
+from ..interp import formula
 from ..interp.activation import TENSORS, Activation
 from ..interp.domains import Gaussian, law_from_dict
 from ..interp.errors import OrthoactError
@@ -300,7 +300,7 @@ def check_tensors(name: str, act: Activation) -> None:
         x = torch.linspace(-64, 64, 33, device=frame.device)
         if act.tails == "none":
             x = act.location + act.scale * x / 16
-        at = curve.value(act.family, x[:, None], list(numbers.unbind(-1)), curve.Frame(*frame.unbind()))
+        at = formula.value(act.family, x[:, None], list(numbers.unbind(-1)), formula.Frame(*frame.unbind()))
     if not bool(at.isfinite().all()):
         raise OrthoactError(
             f"the learnable activation {name!r} has numbers so large that it overflows: the file is damaged; convert "

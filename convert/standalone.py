@@ -35,8 +35,10 @@ TIMM: tuple[Key, ...] = (("convert.timm_hooks", "register"), ("convert.runtime",
 
 STUBS: dict[Key, str] = {
     ("interp.engine", "get_path"): "def get_path():\n    return 'eager'",
-    ("interp.curve", "_values_by_kernel"): "_values_by_kernel = _values",
-    ("interp.curve", "_gradients_by_kernel"): "_gradients_by_kernel = _gradients",
+    ("interp.loops", "loop_values"): "def loop_values(*_):\n    return None",
+    ("interp.loops", "loop_gradients"): "def loop_gradients(*_):\n    return None",
+    ("interp.kernels", "kernel_values"): "kernel_values = None",
+    ("interp.kernels", "kernel_gradients"): "kernel_gradients = None",
     ("convert.record", "install"): "install = install_recorded",
     ("convert.calls", "settle_fused_path"): (
         "def settle_fused_path(owner):\n"
@@ -44,12 +46,10 @@ STUBS: dict[Key, str] = {
         "        owner.activation_relu_or_gelu = 0"
     ),
 }
-"""What stands in for a definition that would bring in what evaluation does without: kernels, fitting, probing."""
+"""What stands in for a definition that would bring in what evaluation does without: compilers, fitting, probing."""
 
 IMPLIED: dict[Key, tuple[Key, ...]] = {
     ("convert.record", "install"): (("convert.runtime", "install_recorded"),),
-    ("interp.curve", "_values_by_kernel"): (("interp.curve", "_values"),),
-    ("interp.curve", "_gradients_by_kernel"): (("interp.curve", "_gradients"),),
 }
 """What the stubs name."""
 

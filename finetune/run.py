@@ -172,7 +172,8 @@ def suited_path(model: torch.nn.Module, examples: Examples, train: Train) -> str
     with torch.no_grad(), counted(model) as values:
         logits(model, one)
     model.train(training)
-    return engine.suited(sum(values) * train.batch_size * train.accumulate * train.max_steps, training=True)
+    work = sum(values) * train.batch_size * train.accumulate * train.max_steps
+    return engine.suited(work, training=True, device=next(model.parameters()).device)
 
 
 def choose_what(model: torch.nn.Module, recipe: Recipe) -> Trainable:

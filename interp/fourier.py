@@ -20,13 +20,14 @@ def cos_sin(angle: Array) -> tuple[Array, Array]:
     >>> [round(float(wave), 6) for wave in cos_sin(pi / 3)]
     [0.5, 0.866025]
     """
-    if not torch.is_tensor(angle):
+    if torch.is_tensor(angle):
+        fused = torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not torch.is_grad_enabled()
+        if not fused or angle.dtype != torch.float32:
+            return torch.cos(angle), torch.sin(angle)
+    elif not getattr(angle, "single", False):
         return np.cos(angle), np.sin(angle)
-    fused = torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not torch.is_grad_enabled()
-    if not fused or angle.dtype != torch.float32:
-        return torch.cos(angle), torch.sin(angle)
     turns = angle * (0.5 / pi)
-    turns = turns - torch.round(turns)
+    turns = turns - turns.round()
     square = turns * turns
     sine = turns * _horner(HALF_SINE, square)
     twice = 2 * sine
@@ -46,10 +47,8 @@ def _horner(coefficients: list[float], x: Array) -> Array:
     return value
 
 
-HALF_SINE = _polynomial(lambda t: pi * np.sinc(t), 5)
-"""Of sin(pi t) / t, to 1e-10."""
-HALF_COSINE = _polynomial(lambda t: np.cos(pi * t), 5)
-"""Of cos(pi t), to 3e-10."""
+HALF_SINE = _polynomial(lambda t: pi * np.sinc(t), 4)
+HALF_COSINE = _polynomial(lambda t: np.cos(pi * t), 4)
 
 
 class Fourier(Separable):
@@ -121,12 +120,13 @@ class Fourier(Separable):
         return parameters[0], parameters[1 : degree + 1], parameters[degree + 1 : cut], parameters[cut:], degree
 
     def evaluate(self, parameters: list[Array], z: Array) -> Array:
-        level, a, b, shape, degree = self.split(parameters)
-        cosines, sines, _ = self.waves(shape, z, degree)
-        value = a[0] * cosines[0] + level
-        for number, wave in zip([*a[1:], *b], [*cosines[1:], *sines], strict=True):
-            value = fma(number, wave, value, over=value)
-        return value
+        """By Horner's rule in $e^{i w z}$, whose coefficients are $a_k - i b_k$."""
+        level, a, b, shape, _ = self.split(parameters)
+        c, s = cos_sin(shape[0] * z)
+        real, imaginary = a[-1], -b[-1]
+        for cosine, sine in zip(a[-2::-1], b[-2::-1], strict=True):
+            real, imaginary = fma(real, c, cosine - imaginary * s), fma(imaginary, c, real * s - sine)
+        return fma(real, c, level - imaginary * s)
 
     def slope(self, parameters: list[Array], z: Array) -> Array:
         _, a, b, shape, degree = self.split(parameters)
@@ -233,6 +233,14 @@ class FreeFourier(Fourier):
 
     def gather(self, by_frequency: list[Array]) -> list[Array]:
         return by_frequency
+
+    def evaluate(self, parameters: list[Array], z: Array) -> Array:
+        level, a, b, shape, degree = self.split(parameters)
+        cosines, sines, _ = self.waves(shape, z, degree)
+        value = a[0] * cosines[0] + level
+        for number, wave in zip([*a[1:], *b], [*cosines[1:], *sines], strict=True):
+            value = fma(number, wave, value, over=value)
+        return value
 
     def value_slope(self, numbers: list[Array], z: Array) -> Array:
         return self.slope(numbers, z)

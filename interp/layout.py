@@ -13,14 +13,8 @@ from torch import Tensor
 BLOCK = 2**16
 """Values of a block of the eager path, for each thread: some blocks fit the cache of a core."""
 
-FEW = 2**15
-"""Values that the eager path computes without blocks, and without threads."""
-
 ROW = 4096
 """Values of a row that the kernels sum in one go, where all share their numbers."""
-
-STREAMS = 4
-"""Places in a tensor that the kernel of values goes through side by side: it reads the numbers once for all."""
 
 ROWS = 8
 """Rows of a tile where each channel has its numbers: the kernels read these once for all."""

@@ -17,6 +17,15 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def without_loops(monkeypatch):
+    """As where activations do not run as machine code of `loops`: on a GPU, or without llvmlite."""
+    from orthoact.interp import loops
+
+    monkeypatch.setattr(loops, "available", lambda: False)
+    monkeypatch.setattr(loops, "_loops", {})
+
+
 def pytest_collection_modifyitems(config, items):
     if "long" in (config.getoption("markexpr") or ""):
         return

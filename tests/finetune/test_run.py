@@ -21,7 +21,7 @@ from orthoact.convert.card import make_card
 from orthoact.convert.fidelity import evaluate
 from orthoact.convert.sources import demo_folder
 from orthoact.finetune.recipe import read
-from orthoact.interp import engine
+from orthoact.interp import engine, kernels
 
 
 def lines(out):
@@ -54,12 +54,14 @@ def test_the_folder_is_an_ordinary_converted_checkpoint(done):
     assert suffixes <= {".json", ".jsonl", ".safetensors"}, "nothing is pickled"
 
 
-def test_long_work_is_compiled_and_short_work_is_not(done, tmp_path, monkeypatch):
+def test_long_work_is_compiled_where_that_is_faster(done, tmp_path, monkeypatch, request):
     facts, out = done
-    assert facts["path"] == "eager"
     monkeypatch.setattr(engine, "COST", 0.0)  # every run is worth the kernels
+    cpu = torch.device("cpu")
+    assert facts["path"] == "eager" == engine.suited(1e12, training=True, device=cpu), "loops are as fast"
+    request.getfixturevalue("without_loops")
     compiled = orthoact.train(short(), tmp_path / "compiled")
-    assert compiled["path"] == "compiled" and any(kind.startswith("gradients") for kind, *_ in engine._kernels)
+    assert compiled["path"] == "compiled" and any(kind.startswith("gradients") for kind, *_ in kernels._kernels)
     assert losses(tmp_path / "compiled") == pytest.approx(losses(out), rel=1e-5)
     found = evaluate(str(out), limit=4)
     with engine.using("eager"):

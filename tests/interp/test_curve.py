@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
-from orthoact.interp import FAMILIES, Activation, OrthoactError, curve, engine, fit, fourier, halving, layout
+from orthoact.interp import FAMILIES, Activation, OrthoactError, curve, engine, fit, fourier, halving, kernels, layout
 
 NAMES = list(FAMILIES)
 SHAPES = {
@@ -211,8 +211,9 @@ def test_tensors_that_change_by_other_means():
 
 @pytest.mark.parametrize("options", [{}, {"groups": 3}, {"groups": 3, "channel": 1}], ids=["one", "last", "second"])
 @pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("path", ["eager", "torch"])
 @pytest.mark.parametrize("family", NAMES)
-def test_fused_equals_plain(family, name, options):
+def test_fused_equals_plain(family, path, name, options):
     """Blocks and their edges, any shape, groups on either axis: value and gradients are those of the whole tensor."""
     shape = SHAPES[name]
     axis = options.get("channel", -1)
@@ -220,7 +221,8 @@ def test_fused_equals_plain(family, name, options):
         pytest.skip("no such axis")
     act = activation(family, **options)
     x, weights = 3 * torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
-    got = derivatives(act, x, weights)
+    with engine.using(path):
+        got = derivatives(act, x, weights)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(curve, "is_whole", lambda x: True)
         wanted = derivatives(act, x, weights)
@@ -239,14 +241,15 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("groups", [None, 2])
-@pytest.mark.parametrize("path", engine.PATHS[:1])
+@pytest.mark.parametrize("path", ["eager", "torch"])
 def test_any_layout(name, groups, path):
     x = LAYOUTS[name]()
     channel = 1 if name == "channels last" else -1
     act = activation(groups=groups, channel=channel)
     weights = torch.randn(x.shape)
-    got = derivatives(act, x, weights)
-    wanted = derivatives(act, x.contiguous(), weights)
+    with engine.using(path):
+        got = derivatives(act, x, weights)
+        wanted = derivatives(act, x.contiguous(), weights)
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert got[0].stride() == nn.GELU()(x).stride(), "as other activations leave it"
@@ -373,17 +376,23 @@ def test_the_path_is_chosen_and_shown(monkeypatch):
     assert engine.get_path() == "compiled"
     monkeypatch.setattr(engine._State, "path", "")
     monkeypatch.setenv("ORTHOACT_PATH", "fast")
-    with pytest.raises(OrthoactError, match="path 'fast': expected one of eager, compiled"):
+    with pytest.raises(OrthoactError, match="path 'fast': expected one of eager, compiled, torch"):
         engine.get_path()
 
 
-def test_a_machine_without_a_compiler_computes_eagerly(tmp_path):
+def test_a_machine_without_a_compiler_computes_by_torch(tmp_path):
+    """And one where there are no loops either, as on a GPU, says so once."""
     code = """
 import warnings, torch
-from orthoact.interp import Activation, engine, fit
+from orthoact.interp import Activation, engine, fit, loops
 act, x = Activation.from_fit(fit("gelu")), torch.randn(5000, requires_grad=True)
-wanted = act(x)
 engine.set_path("compiled")
+act(x).sum().backward()
+with engine.using("torch"):
+    wanted = act(x)
+assert torch.allclose(act(x), wanted, atol=1e-6) and not torch.equal(act(x), wanted) and not engine.broken()
+loops.available = lambda: False
+loops._loops.clear()
 with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
     assert torch.equal(act(x), wanted)
@@ -396,25 +405,25 @@ assert engine.get_path() == "eager" and "kernels cannot be made" in engine.descr
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-# -- kernels: some seconds for each ------------------------------------------------------------------------------------
+# -- kernels, as on a GPU: some seconds for each -----------------------------------------------------------------------
 
 
-def test_a_kernel_of_values_takes_any_size():
+def test_a_kernel_of_values_takes_any_size(without_loops):
     act = activation("fourier", degree=2)
     with torch.no_grad(), engine.using("compiled"):
         for size in (1, 3, 4, 6, 4097, 50_001):
             x = 3 * torch.randn(size)
             torch.testing.assert_close(act(x), by_hand(act, x).float(), rtol=0, atol=1e-5)
-    assert not engine._State.broken
+    assert not engine.broken() and any(name == "values" for name, *_ in kernels._kernels)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("options", [{}, {"groups": 3}, {"groups": 3, "channel": 1}], ids=["one", "last", "second"])
 @pytest.mark.parametrize("family", NAMES)
-def test_kernels_equal_the_eager_path(family, options, dtype):
+def test_kernels_equal_torch_s_operations(without_loops, family, options, dtype):
     act = activation(family, **options)
-    made = len(engine._kernels)
+    made = len(kernels._kernels)
     for shape in ((64, 6, 6), (1, 6, 6), (7, 6, 1) if options.get("channel") == 1 else (7, 1, 6), (501, 6, 12)):
         x, weights = (3 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
         wanted = derivatives(act, x, weights)
@@ -424,8 +433,8 @@ def test_kernels_equal_the_eager_path(family, options, dtype):
         exact = {torch.bfloat16: 1e-2, torch.float32: 2e-5, torch.float64: 2e-6}[dtype]
         for a, b in zip(got, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=exact, atol=exact * float(b.abs().max()))
-        assert not engine._State.broken
-    assert len(engine._kernels) - made <= 6, "few kernels for many sizes"
+        assert not engine.broken()
+    assert len(kernels._kernels) - made <= 6, "few kernels for many sizes"
 
 
 @pytest.mark.long

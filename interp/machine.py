@@ -1,0 +1,278 @@
+"""The instructions of a loop over values, and the machine code that LLVM makes of them.
+
+What runs is a function for each thread that goes through its part of the values row by row, and calls one over the
+values of a row, or of several rows side by side, in which the formula stands.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache, reduce
+from typing import Any
+
+import torch
+
+from .trace import FUSED, Number, Trace
+
+CHUNK = 4096
+"""Values whose parts of a sum are added in the type of the numbers; over these the sums are in float64."""
+
+ROWS = 256
+"""Rows of channels whose parts of a sum are added likewise."""
+
+WIDTH = 4096
+"""Channels with numbers of their own that are taken together."""
+
+STREAMS = 4
+"""Places that a loop goes through side by side, so that the memory is asked for more than one; and rows of channels,
+so that their numbers are read once for all."""
+
+Formula = Callable[[Any, list[Any], list[Any]], tuple[Any, list[Any]]]
+"""From x, the numbers and lo, hi, unit and offset to a result, and what is summed up over all x."""
+
+Instruction = Any
+"""A value of `llvmlite.ir`: what an instruction gives, a constant or an argument."""
+
+
+class Code:
+    """The functions of a loop, as `source`, and how many sums it makes.
+
+    The function `loop` takes the address of eleven whole numbers: how many values there are, how many of them a thread
+    takes, how many share their numbers, how many columns have their own; the addresses of x, gradient, result, numbers,
+    joints and unit, sums, and of room for the sums of a block of channels.
+    """
+
+    def __init__(
+        self, formula: Formula, steep: bool, channels: bool, count: int, dtype: torch.dtype, wide: torch.dtype
+    ):
+        from llvmlite import ir
+
+        self.ir, self.module, self.parts = ir, ir.Module(), 0
+        self.formula, self.steep, self.channels, self.count = formula, steep, channels, count
+        types = {torch.float32: ir.FloatType(), torch.float64: ir.DoubleType(), torch.bfloat16: ir.IntType(16)}
+        self.read, self.type, self.double = types[dtype], types[wide], ir.DoubleType()
+        self.int, self.pointer = ir.IntType(64), ir.PointerType()
+        streams = 2 * STREAMS if channels and not steep else STREAMS
+        one = self.row(1)
+        several = self.row(streams) if channels or not steep else None
+        (told,) = self.function("loop", [self.pointer]).args
+        b = self.b
+        size, step, self.inner, self.columns = (self.load(told, self.int(k), self.int) for k in range(4))
+        *self.tensors, self.own, self.frame, sums, room = (
+            self.load(told, self.int(k), self.pointer) for k in range(4, 11)
+        )
+        thread = ir.Function(self.module, ir.FunctionType(ir.IntType(32), []), "omp_get_thread_num")
+        index = b.sext(b.call(thread, []), self.int)
+        self.sums = self.place(sums, b.mul(index, b.mul(self.columns, self.int(self.parts))), self.double)
+        self.held = self.place(room, b.mul(index, self.int(self.parts * WIDTH)))
+        start = b.mul(index, step)
+        (self.over_channels if channels else self.over_rows)(start, self.least(b.add(start, step), size), one, several)
+        b.ret_void()
+        self.source = str(self.module)
+
+    def function(self, name: str, arguments: list[Any]) -> Any:
+        """A new function, which instructions go to from now on."""
+        made = self.ir.Function(self.module, self.ir.FunctionType(self.ir.VoidType(), arguments), name)
+        self.b = self.ir.IRBuilder(made.append_basic_block())
+        return made
+
+    # -- over all values of a thread ----------------------------------------------------------------------------------
+
+    def over_rows(self, start: Instruction, stop: Instruction, one: Any, several: Any) -> None:
+        """Over values of which those of a row, `inner` of them, share their numbers."""
+        b = self.b
+        with self.steps(start, stop) as (at, advance):
+            row = b.sdiv(at, self.inner)
+            end = self.least(b.mul(b.add(row, self.int(1)), self.inner), stop)
+            column = b.srem(row, self.columns)
+            own, sums = self.place(self.own, column), self.place(self.sums, column, self.double)
+            if several:
+                part = b.sdiv(b.sub(end, at), self.int(streams_of(several)))
+                self.call(several, at, part, part, own, sums)
+                at = b.add(at, b.mul(part, self.int(streams_of(several))))
+            else:
+                end = self.least(end, b.add(at, self.int(CHUNK)))
+            self.call(one, at, self.int(0), b.sub(end, at), own, sums)
+            advance(end)
+
+    def over_channels(self, start: Instruction, stop: Instruction, one: Any, several: Any) -> None:
+        """Over rows of which each column has numbers of its own, those of `WIDTH` columns side by side."""
+        b, zero, unit = self.b, self.int(0), self.int(1)
+        first, last = b.sdiv(start, self.columns), b.sdiv(stop, self.columns)
+        with self.steps(zero, self.columns) as (left, next_left):
+            wide = self.least(self.int(WIDTH), b.sub(self.columns, left))
+            own = self.place(self.own, b.mul(left, self.int(self.count)))
+            with self.steps(first, last) as (top, next_top):
+                bottom = self.least(b.add(top, self.int(ROWS)), last)
+                for k in range(self.parts):
+                    with self.steps(zero, wide) as (i, advance):
+                        b.store(self.type(0.0), self.place(self.held, b.add(i, self.int(k * WIDTH))))
+                        advance(b.add(i, unit))
+                with self.steps(top, bottom) as (row, advance):
+                    at, after = b.add(b.mul(row, self.columns), left), b.add(row, self.int(streams_of(several)))
+                    together = b.icmp_signed("<=", after, bottom)
+                    with b.if_else(together) as (yes, no):
+                        with yes:
+                            self.call(several, at, self.columns, wide, own, self.held)
+                        with no:
+                            self.call(one, at, self.columns, wide, own, self.held)
+                    advance(b.select(together, after, b.add(row, unit)))
+                for k in range(self.parts):
+                    with self.steps(zero, wide) as (i, advance):
+                        place = b.add(b.add(left, i), b.mul(self.columns, self.int(k)))
+                        self.add(self.sums, place, self.load(self.held, b.add(i, self.int(k * WIDTH))))
+                        advance(b.add(i, unit))
+                next_top(bottom)
+            next_left(b.add(left, wide))
+
+    def call(
+        self, row: Any, at: Instruction, step: Instruction, size: Instruction, numbers: Instruction, sums: Instruction
+    ) -> None:
+        places = [self.b.add(at, self.b.mul(step, self.int(k))) for k in range(streams_of(row))]
+        tensors = [self.place(tensor, place, self.read) for place in places for tensor in self.tensors]
+        self.b.call(row, [*tensors, numbers, self.frame, sums, self.columns, size])
+
+    # -- over the values of a row --------------------------------------------------------------------------------------
+
+    def row(self, streams: int) -> Any:
+        """Over so many rows side by side: x, gradient and result of each; numbers, joints, sums, their stride, size."""
+        made = self.function(f"row{streams}", [self.pointer] * (3 * streams + 3) + [self.int] * 2)
+        made.linkage = "internal"
+        # left to itself LLVM takes half as many values at once on some processors; its own list has no such words
+        set.update(made.attributes, ["noinline", '"prefer-vector-width"="512"'])
+        for argument in made.args[:-2]:
+            argument.add_attribute("noalias")  # so that values may be computed side by side
+        *tensors, numbers, frame, sums, stride, size = made.args
+        trace = Trace(self.b, self.type)
+        joints = [Number(trace, self.load(frame, self.int(k))) for k in range(4)]
+        own = [] if self.channels else self.numbers(trace, numbers, stride)
+        totals: list[Any] = []
+        with self.steps(self.int(0), size) as (i, advance):
+            own = own or self.numbers(trace, numbers, self.int(WIDTH), i)
+            parts = [self.point(trace, i, tensors[3 * k : 3 * k + 3], own, joints) for k in range(streams)]
+            for k, part in enumerate(map(self.total, zip(*parts, strict=True))):
+                if self.channels:
+                    totals.append(self.place(sums, self.b.add(i, self.int(k * WIDTH))))
+                else:
+                    with self.b.goto_entry_block():
+                        totals.append(self.b.alloca(self.type))
+                        self.b.store(self.type(0.0), totals[-1])
+                self.b.store(self.total((self.b.load(totals[-1], typ=self.type), part)), totals[-1])
+            advance(self.b.add(i, self.int(1)))
+        if not self.channels:
+            for k, total in enumerate(totals):
+                self.add(sums, self.b.mul(stride, self.int(k)), self.b.load(total, typ=self.type))
+        self.b.ret_void()
+        self.parts = len(totals)
+        return made
+
+    def point(
+        self, trace: Trace, i: Any, tensors: list[Any], own: list[Number], joints: list[Number]
+    ) -> list[Instruction]:
+        """One value: the result is written, and returned is what is to be summed."""
+        x, grad, out = tensors
+        result, parts = self.formula(Number(trace, self.wide(self.load(x, i, self.read))), own, joints)
+        if self.steep:
+            slope = Number(trace, self.wide(self.load(grad, i, self.read)))
+            result, parts = result * slope, [part * slope for part in parts]
+        self.b.store(self.narrow(trace.value(result)), self.place(out, i, self.read))
+        return [trace.value(part) for part in parts]
+
+    # -- what instructions are made of --------------------------------------------------------------------------------
+
+    @contextmanager
+    def steps(self, start: Any, stop: Any) -> Iterator[tuple[Any, Callable[[Any], Any]]]:
+        """A loop from `start` while below `stop`: the number, and what sets the next."""
+        with self.b.goto_entry_block():
+            kept = self.b.alloca(self.int)
+        check, body, end = (self.b.append_basic_block() for _ in range(3))
+        self.b.store(start, kept)
+        self.b.branch(check)
+        self.b.position_at_end(check)
+        i = self.b.load(kept, typ=self.int)
+        self.b.cbranch(self.b.icmp_signed("<", i, stop), body, end)
+        self.b.position_at_end(body)
+        yield i, lambda following: self.b.store(following, kept)
+        self.b.branch(check)
+        self.b.position_at_end(end)
+
+    def place(self, array: Any, index: Any, type: Any = None) -> Any:
+        return self.b.gep(array, [index], source_etype=type or self.type)
+
+    def load(self, array: Any, index: Any, type: Any = None) -> Any:
+        return self.b.load(self.place(array, index, type), typ=type or self.type)
+
+    def numbers(self, trace: Trace, array: Any, stride: Any, i: Any = None) -> list[Number]:
+        places = [self.b.mul(stride, self.int(k)) for k in range(self.count)]
+        places = places if i is None else [self.b.add(place, i) for place in places]
+        return [Number(trace, self.load(array, place)) for place in places]
+
+    def total(self, values: Iterable[Any]) -> Any:
+        """The one place where the order of additions is left to the compiler."""
+        return reduce(lambda a, b: self.b.fadd(a, b, flags=("reassoc", "nsz", *FUSED)), values)
+
+    def add(self, sums: Any, index: Any, part: Any) -> None:
+        """Add to a sum in float64."""
+        part = part if self.type == self.double else self.b.fpext(part, self.double)
+        place = self.place(sums, index, self.double)
+        self.b.store(self.b.fadd(self.b.load(place, typ=self.double), part), place)
+
+    def least(self, a: Any, b: Any) -> Any:
+        return self.b.select(self.b.icmp_signed("<", a, b), a, b)
+
+    def wide(self, value: Any) -> Any:
+        """In the type of the numbers what was read; a bfloat16 is the upper half of a float32."""
+        if value.type == self.type:
+            return value
+        bits = self.b.zext(value, self.ir.IntType(32))
+        return self.b.bitcast(self.b.shl(bits, bits.type(16)), self.type)
+
+    def narrow(self, value: Any) -> Any:
+        """In the type that is written; of two bfloat16 that are as near the even one."""
+        if self.read == self.type:
+            return value
+        b, half = self.b, self.ir.IntType(16)
+        bits = b.bitcast(value, self.ir.IntType(32))
+        odd = b.and_(b.lshr(bits, bits.type(16)), bits.type(1))
+        near = b.trunc(b.lshr(b.add(bits, b.add(odd, bits.type(0x7FFF))), bits.type(16)), half)
+        return b.select(b.fcmp_unordered("uno", value, value), half(0x7FC0), near)
+
+
+def streams_of(row: Any) -> int:
+    """Over how many rows side by side a function goes."""
+    return (len(row.args) - 5) // 3
+
+
+@lru_cache(maxsize=1)
+def _processor(thread: int) -> tuple[Any, str, str]:
+    """What LLVM makes code for: the processor that it runs on, its name and features."""
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    llvm.add_symbol("omp_get_thread_num", thread)
+    features = llvm.get_host_cpu_features().flatten()
+    return llvm.Target.from_default_triple(), llvm.get_host_cpu_name(), features
+
+
+def compiled(source: str, thread: int) -> tuple[Callable[[Any], None], Any]:
+    """The function `loop` of a source, and what its machine code lives in.
+
+    `thread` is the address of `omp_get_thread_num`.
+    """
+    import llvmlite.binding as llvm
+
+    target, name, features = _processor(thread)
+    machine = target.create_target_machine(name, features, opt=3)  # the engine's own: it goes with it
+    module = llvm.parse_assembly(source)
+    module.triple, module.data_layout = machine.triple, str(machine.target_data)
+    module.verify()
+    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    options.loop_vectorization = options.loop_interleaving = True
+    builder = llvm.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(module, builder)
+    engine = llvm.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(engine.get_function_address("loop")), engine
