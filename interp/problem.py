@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import inf
 
 import numpy as np
@@ -15,6 +15,9 @@ from .targets import Line, Target
 
 FINER = 8
 """Cells of the target's table in one cell of the law's nodes."""
+
+BESIDE = 2e-6
+"""How far from a kink the target's table begins and ends, in standard deviations."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,6 @@ class Problem:
         self.cells = np.append(x - self.step / 2, x[-1] + self.step / 2)
         self.ends = self.cells[0], self.cells[-1]
         self.sums: dict[tuple[int, Line], np.ndarray] = {}
-        self.table: np.ndarray | None = None
         far = np.linspace(-20, 20, 401) if tails == "linear" else np.linspace(*self.four_deviations(), 401)
         far = far[self.smooth(far)]
         values, slopes = target(np.concatenate([self.x, far]))
@@ -127,21 +129,32 @@ class Problem:
         return self.near(joints)
 
     def near(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The target at `x` under the law, from a table of cubics away from its kinks: fast, for the searches."""
-        h = self.step / FINER
-        if self.table is None:
-            f, d = self.target(self.ends[0] + h * np.arange(FINER * len(self.x) + 1))
-            d, rise = d * h, np.diff(f)
-            self.table = np.stack([f[:-1], d[:-1], 3 * rise - 2 * d[:-1] - d[1:], d[:-1] + d[1:] - 2 * rise])
-        place = (x - self.ends[0]) / h
-        cell = np.clip(place.astype(int), 0, self.table.shape[1] - 1)
-        t, (a, b, c, e) = place - cell, self.table[:, cell]
-        value, slope = a + t * (b + t * (c + t * e)), (b + t * (2 * c + 3 * t * e)) / h
-        if self.target.kinks:
-            rough = np.any([np.abs(x - kink) <= 2 * h for kink in self.target.kinks], axis=0)
-            if rough.any():
-                value[rough], slope[rough] = self.target(x[rough])
-        return value, slope
+        """The target at `x` under the law, from a table of cubics between its kinks: fast, for the searches."""
+        table, borders, begin, per, first, last = self.table
+        piece = np.searchsorted(borders, x)
+        place = (x - begin[piece]) * per[piece]
+        cell = np.clip(place.astype(int), 0, last[piece])
+        t, (a, b, c, e) = place - cell, table[:, first[piece] + cell]
+        return a + t * (b + t * (c + t * e)), (b + t * (2 * c + 3 * t * e)) * per[piece]
+
+    @cached_property
+    def table(self) -> tuple[np.ndarray, ...]:
+        """The cubics of `near`, and for each piece between kinks: where it begins, cells in a unit, its cells."""
+        inside = [k for k in self.target.kinks if self.ends[0] + self.step < k < self.ends[1] - self.step]
+        borders = np.array([self.ends[0], *sorted(inside), self.ends[1]])
+        # beside a kink is beyond what any target takes for the kink itself
+        begin, end = borders[:-1] + BESIDE * self.domain.std, borders[1:] - BESIDE * self.domain.std
+        count = np.ceil((end - begin) * (FINER / self.step)).astype(int)
+        h = (end - begin) / count
+        f, d = self.target(np.concatenate([a + s * np.arange(n + 1) for a, s, n in zip(begin, h, count, strict=True)]))
+        ends = np.cumsum(count + 1)[:-1]
+        cubics = []
+        for value, slope, unit in zip(np.split(f, ends), np.split(d, ends), h, strict=True):
+            slope, rise = slope * unit, np.diff(value)
+            here, there = slope[:-1], slope[1:]
+            cubics.append(np.stack([value[:-1], here, 3 * rise - 2 * here - there, here + there - 2 * rise]))
+        first = np.cumsum(count) - count
+        return np.concatenate(cubics, axis=1), borders[1:-1], begin, 1 / h, first, count - 1
 
     def curvature(self, x: np.ndarray) -> np.ndarray:
         """The target's second derivative at `x`, by differences."""
