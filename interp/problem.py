@@ -13,7 +13,7 @@ from .errors import OrthoactError
 from .family import Family
 from .targets import Line, Target
 
-FINER = 8
+FINER = 4
 """Cells of the target's table in one cell of the law's nodes."""
 
 BESIDE = 2e-6
@@ -171,10 +171,33 @@ class Problem:
         """The share of J in the left (0) or right (1) tail for each joint."""
         if line is not None:
             return np.interp(joint, self.cells, self.running(i, line))
-        value, slope = self.near(joint)  # the tail takes the target's value and slope at the joint
-        gap = value[:, None] + slope[:, None] * (self.x - joint[:, None]) - self.f
-        outside = self.x < joint[:, None] if i == 0 else self.x > joint[:, None]
-        return (outside * (gap**2 + self.weight * (slope[:, None] - self.d) ** 2)) @ self.w
+        return self.tangent(i, joint, *self.near(joint))[0]
+
+    def tangent(self, i: int, joint: np.ndarray, value: np.ndarray, slope: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The share of J in a tail that takes the target's value and slope at the joint, and how it grows with it."""
+        one, t, tt, f, tf, ff, d, dd = self.moments(i, joint)
+        joint = joint - self.domain.mean
+        level = value - slope * joint
+        gap = level * one + slope * t - f
+        square = level * (gap - f) + slope * (level * t + slope * tt - 2 * tf) + ff
+        steep, steep_square = slope * one - d, slope * (slope * one - 2 * d) + dd
+        turned = level * t + slope * tt - tf - joint * gap + self.weight * steep
+        bend = self.curvature(joint + self.domain.mean)
+        return np.maximum(square, 0) + self.weight * np.maximum(steep_square, 0), 2 * bend * turned
+
+    def moments(self, i: int, joint: np.ndarray) -> np.ndarray:
+        """Sums of the weights, and of these times what stands in `tangent`, left (0) or right (1) of each joint."""
+        place = np.clip((joint - self.cells[0]) / self.step, 0, len(self.x) - 1e-9)
+        cell, table = place.astype(int), self.outer[i]
+        return table[:, cell] + (place - cell) * (table[:, cell + 1] - table[:, cell])
+
+    @cached_property
+    def outer(self) -> tuple[np.ndarray, np.ndarray]:
+        """These sums at the borders of the nodes' cells, left and right."""
+        t = self.x - self.domain.mean
+        each = self.w * np.stack([t**0, t, t**2, self.f, t * self.f, self.f**2, self.d, self.d**2])
+        left, right = (np.cumsum(part, axis=1) for part in (each, each[:, ::-1]))
+        return np.pad(left, ((0, 0), (1, 0))), np.pad(right, ((0, 0), (1, 0)))[:, ::-1]
 
     def running(self, i: int, line: Line) -> np.ndarray:
         """The share of J in a straight tail that ends at each border of the nodes' cells, summed from outside."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 
 import numpy as np
 
 from .family import Separable
 from .problem import Problem, Side
-from .race import ROUNDING, Race, State
+from .race import LANES, ROUNDING, Race, State
 
 COARSE, FINE, DENSE = 64, 160, 640
 """Nodes in the core: in the race, for its winners, and to choose among these (rationals hide poles and kinks between
@@ -45,7 +45,7 @@ FEW = 48
 SETTLED = 1e-3
 """The gain of a step, as a share of J, from which it goes on there."""
 
-ONE = ((7, 5), (2, 20))
+ONE = ((4, 3), (1, 5))
 """How many starts of a family with one shape number, no two with the same, are improved, by how many steps; again."""
 
 CHOSEN = 12
@@ -85,28 +85,27 @@ def search_shapes(p: Problem, sides: tuple[Side, Side]) -> Found:
     begun = _begin(p, race)
     exact = np.flatnonzero(begun.value <= EXACT**2 * (p.w @ p.f**2))
     if len(exact):
-        return _found(fine, _best(fine.improve(_join(fine, [_best(begun, 1)]), EXACTLY), 1))
+        return _found(fine, _best(fine.improve(_again(fine, _best(begun, 1)), EXACTLY), 1))
     if _few(p):
         for kept, steps in ONE:
-            begun = race.improve(_best(begun, kept), steps, SETTLED)
+            begun = race.improve(_best(begun, kept), steps, SETTLED, LANES)
             race.rounding = max(ROUNDING, 1e-3 * float(begun.value.min()) ** 0.5)
-            begun = race.evaluate(begun.frame, begun.alpha)
         return _found(race, _best(begun, 1))
     found = _run(race, begun, RACE)
     if smooth is not None:
         other = Race(p, smooth, sides, COARSE)
         settled = _settle(race, _run(other, _begin(p, other), RACE), other)
-        found = _run(race, _join(race, [found, settled]), SETTLE)
+        found = _run(race, _join([found, settled]), SETTLE)
     for seed in range(HOPS if smooth is None else AFTER):
         hops = _run(race, _hop(race, _best(found, PLACES), seed), HOP)
-        found = _join(race, [found, hops])
+        found = _join([found, hops])
     dense = Race(p, p.family, sides, DENSE)
     best = _best(found, CHOSEN)
     best = best[_valleys(dense.values(best.frame, best.alpha))[: LAST[0]]]
     # terms that cancel each other are worth a thousandth of the error, not the rounding of the copy
     fine.rounding = dense.rounding = max(ROUNDING, 1e-3 * float(best.value[0]) ** 0.5)
-    last = fine.improve(fine.evaluate(best.frame, best.alpha), LAST[1])
-    last = _best(_join(dense, [best, last]), LAST[0])
+    last = fine.improve(_again(fine, best), LAST[1])
+    last = _best(_join([_again(dense, best), _again(dense, last)]), LAST[0])
     if smooth is not None:  # without kinks so close to each other that they hide between nodes
         plain = _best(_settle(dense, last, dense), 1)
         if plain.value[0] < last.value[0] * (1 + PLAIN):
@@ -126,8 +125,10 @@ def _begin(p: Problem, race: Race) -> State:
     value = race.values(frame, alpha)
     rows = _valleys(value)
     _, first = np.unique(kind[rows], return_index=True)  # the best of each kind, whatever the joints
-    most = 0 if _few(p) else BEST
-    rows = rows[np.union1d(first, np.arange(min(most, len(rows))))]
+    if _few(p):
+        rows = rows[np.sort(first)[: ONE[0][0]]]
+    else:
+        rows = rows[np.union1d(first, np.arange(min(BEST, len(rows))))]
     return race.evaluate(frame[rows], alpha[rows])
 
 
@@ -137,8 +138,13 @@ def _run(race: Race, state: State, stages: tuple[tuple[int, int], ...]) -> State
     return state
 
 
-def _join(race: Race, states: list[State]) -> State:
-    return race.evaluate(*(np.concatenate([getattr(s, name) for s in states]) for name in ("frame", "alpha")))
+def _join(states: list[State]) -> State:
+    return State(*(np.concatenate([getattr(s, f.name) for s in states]) for f in fields(State)))
+
+
+def _again(race: Race, state: State) -> State:
+    """The same places on other nodes."""
+    return race.evaluate(state.frame, state.alpha)
 
 
 def _hop(race: Race, state: State, seed: int) -> State:
@@ -226,8 +232,9 @@ def _joints(p: Problem, sides: tuple[Side, Side]) -> list[tuple[float, float]]:
         if not p.family.centred:  # one side may be worth more all the same; a shift of z finds that too
             pairs += zip(radii[:-2], radii[2:], strict=True)
         return [(p.domain.mean - left, p.domain.mean + right) for left, right in pairs]
-    ends = []
-    for side, sign in zip(sides, (-1, 1), strict=True):
-        radii = np.geomspace(*RADII, 3 if all(free) else 6)
-        ends.append(np.clip(centre + sign * spread * radii, *p.ends).tolist() if side.joint is None else [side.joint])
+    ends, count = [], 3 if all(free) else 8
+    for side, sign, end in zip(sides, (-1, 1), p.ends, strict=True):
+        most = min(RADII[1] if all(free) else 9.0, abs(end - centre) / spread)
+        radii = np.geomspace(min(RADII[0], most / 2), most, count)
+        ends.append((centre + sign * spread * radii).tolist() if side.joint is None else [side.joint])
     return list(product(*ends))
