@@ -81,7 +81,7 @@ class Fourier(Separable):
         return pi  # w = 1 is periodic on the core
 
     def starts(self, degree, z, w, f):
-        return np.tile([[0.85], [0.72], [0.6], [0.5], [0.4], [0.28], [0.15], [0.05]], (len(z), 1, 1))
+        return np.tile([[0.85], [0.7], [0.6], [0.5], [0.4], [0.28], [0.15], [0.05]], (len(z), 1, 1))
 
     def angles(self, shape: np.ndarray, z: np.ndarray, degree: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Cosine and sine of each harmonic, (starts, points, harmonics), and its frequency, for shapes in rows."""

@@ -39,13 +39,13 @@ HOP = ((24, 10), (6, 16))
 LAST = (3, 60)
 """How many are improved on the fine nodes, by how many steps."""
 
-FEW = 48
-"""Nodes in the core for a family with one shape number."""
+FEW = (48, 72)
+"""Nodes in the core for a family with one shape number, and where a kink of the target stays inside."""
 
 SETTLED = 1e-3
 """The gain of a step, as a share of J, from which it goes on there."""
 
-ONE = ((4, 3), (1, 5))
+ONE = ((4, 2), (2, 5))
 """How many starts of a family with one shape number, no two with the same, are improved, by how many steps; again."""
 
 CHOSEN = 12
@@ -81,7 +81,8 @@ def search_shapes(p: Problem, sides: tuple[Side, Side]) -> Found:
     """Shape and joints of least J."""
     assert isinstance(p.family, Separable)
     smooth, fine = p.family.relaxed(), Race(p, p.family, sides, FINE)
-    race = Race(p, p.family, sides, FEW if _few(p) else COARSE)
+    rough = len(set(p.target.kinks) - {side.joint for side in sides}) > 0
+    race = Race(p, p.family, sides, FEW[rough] if _few(p) else COARSE)
     begun = _begin(p, race)
     exact = np.flatnonzero(begun.value <= EXACT**2 * (p.w @ p.f**2))
     if len(exact):
