@@ -167,6 +167,14 @@ class Problem:
         x = joints.mean(axis=1, keepdims=True) + half * t
         return x, np.interp(x, self.x, self.w) / self.step * half * w
 
+    def pieces(self, joints: np.ndarray, kinks: list[float], count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same with as many of the nodes on either side of each kink, where the target is smooth."""
+        at = np.clip(np.array(kinks), joints[:, :1], joints[:, 1:])
+        borders = np.concatenate([joints[:, :1], at, joints[:, 1:]], axis=1)
+        pairs = np.stack([borders[:, :-1], borders[:, 1:]], axis=2).reshape(-1, 2)
+        x, w = self.gauss(pairs, count // (len(kinks) + 1))
+        return x.reshape(len(joints), -1), w.reshape(len(joints), -1)
+
     def tail(self, i: int, line: Line | None, joint: np.ndarray) -> np.ndarray:
         """The share of J in the left (0) or right (1) tail for each joint."""
         if line is not None:

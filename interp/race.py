@@ -120,6 +120,8 @@ class Race:
         """The joints at which the slope is asked for too."""
         self.kinked = [] if self.bare else [i for i in (0, 1) if i not in self.steep]
         self.unsound = type(family).sound is not Separable.sound
+        self.rough = sorted(set(p.target.kinks) - {side.joint for side in sides})
+        """Kinks of the target that stay inside the core."""
         self.count, self.floor = nodes, FLOOR * (1 + p.w @ p.f**2)
 
     def joints(self, alpha: np.ndarray) -> np.ndarray:
@@ -133,7 +135,7 @@ class Race:
         """Nodes of each core and their weights."""
         if self.bare:
             return np.tile(self.p.x, (len(joints), 1)), np.tile(self.p.w, (len(joints), 1))
-        return self.p.gauss(joints, self.count)
+        return self.p.pieces(joints, self.rough, self.count) if self.rough else self.p.gauss(joints, self.count)
 
     def rows(self, values: np.ndarray, slopes: np.ndarray, root: np.ndarray, scale) -> tuple[np.ndarray, np.ndarray]:
         """From values and slopes at the joints and the nodes: what the equalities see, and the rows of the systems."""

@@ -39,13 +39,13 @@ HOP = ((24, 10), (6, 16))
 LAST = (3, 60)
 """How many are improved on the fine nodes, by how many steps."""
 
-FEW = (48, 72)
-"""Nodes in the core for a family with one shape number, and where a kink of the target stays inside."""
+FEW = 48
+"""Nodes in the core for a family with one shape number."""
 
 SETTLED = 1e-3
 """The gain of a step, as a share of J, from which it goes on there."""
 
-ONE = ((4, 2), (2, 5))
+ONE = ((5, 2), (2, 5))
 """How many starts of a family with one shape number, no two with the same, are improved, by how many steps; again."""
 
 CHOSEN = 12
@@ -81,8 +81,7 @@ def search_shapes(p: Problem, sides: tuple[Side, Side]) -> Found:
     """Shape and joints of least J."""
     assert isinstance(p.family, Separable)
     smooth, fine = p.family.relaxed(), Race(p, p.family, sides, FINE)
-    rough = len(set(p.target.kinks) - {side.joint for side in sides}) > 0
-    race = Race(p, p.family, sides, FEW[rough] if _few(p) else COARSE)
+    race = Race(p, p.family, sides, FEW if _few(p) else COARSE)
     begun = _begin(p, race)
     exact = np.flatnonzero(begun.value <= EXACT**2 * (p.w @ p.f**2))
     if len(exact):
@@ -205,7 +204,7 @@ def _starts(p: Problem, race: Race) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     shifts = (SHIFTS[:3] if p.is_symmetric() else SHIFTS) if family.centred else (0.0,)
     ends = np.array(_joints(p, race.sides), dtype=float)
     x, w = race.nodes(ends)
-    f, half = np.interp(x, p.x, p.f), (ends[:, 1:] - ends[:, :1]) / 2
+    f, half = p.near(x)[0], (ends[:, 1:] - ends[:, :1]) / 2
     rest = np.concatenate([np.zeros((len(ends), int(family.centred))), ends[:, race.free]], axis=1)
     middle = (w * x).sum(axis=1) / w.sum(axis=1) if family.anywhere else ends.mean(axis=1)
     for shift in shifts:
