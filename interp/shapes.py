@@ -15,7 +15,7 @@ COARSE, FINE, DENSE = 64, 160, 640
 """Nodes in the core: in the race, for its winners, and to choose among these (rationals hide poles and kinks between
 nodes that are few)."""
 
-RADII = (1.5, 6.0)
+RADII = (1.7, 6.0)
 """Least and greatest distance of a joint from the centre of the target's curvature to start from, in its spread."""
 
 SHIFTS = (0.0, 0.4, 1.0, -0.4, -1.0)
@@ -30,7 +30,7 @@ RACE = ((24, 6), (6, 10))
 SETTLE = ((12, 10), (6, 10))
 """The same for those that come from a smoother family, together with those of the family itself."""
 
-HOPS, AFTER, PLACES, SIZES = 4, 3, 4, ((0.02, 0.1, 0.3), (0.05, 0.2, 0.5))
+HOPS, AFTER, PLACES, SIZES = 4, 2, 4, ((0.02, 0.1, 0.3), (0.05, 0.2, 0.5))
 """How often hops are made, and how often after a smoother family; from how many of the best; their relative sizes."""
 
 HOP = ((24, 10), (6, 16))
@@ -97,6 +97,8 @@ def search_shapes(p: Problem, sides: tuple[Side, Side]) -> Found:
         settled = _settle(race, _run(other, _begin(p, other), RACE), other)
         found = _run(race, _join([found, settled]), SETTLE)
     for seed in range(HOPS if smooth is None else AFTER):
+        if found.value.min() <= race.floor:
+            break
         hops = _run(race, _hop(race, _best(found, PLACES), seed), HOP)
         found = _join([found, hops])
     dense = Race(p, p.family, sides, DENSE)
