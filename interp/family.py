@@ -174,7 +174,14 @@ class Separable(Family):
         return _stack(values[:linear], z), _stack(slopes[:linear], z)
 
     def normal(
-        self, shape: np.ndarray, z: np.ndarray, w: np.ndarray, f: np.ndarray, d: np.ndarray, lam: np.ndarray, linear: int
+        self,
+        shape: np.ndarray,
+        z: np.ndarray,
+        w: np.ndarray,
+        f: np.ndarray,
+        d: np.ndarray,
+        lam: np.ndarray,
+        linear: int,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The normal equations of the columns, their right sides and the roots of E of each column's square.
 

@@ -89,7 +89,7 @@ class Fourier(Separable):
         np.exp(1j * (shape * z), out=waves[..., 0])
         for k in range(1, degree):
             np.multiply(waves[..., k - 1], waves[..., 0], out=waves[..., k])
-        return waves.real, waves.imag, shape * np.arange(1, degree + 1)
+        return np.real(waves), np.imag(waves), shape * np.arange(1, degree + 1)
 
     def columns(self, shape, z, linear):
         n = linear // 2
@@ -108,15 +108,23 @@ class Fourier(Separable):
         sums = np.stack([w, w * f, lam * shape * w * d], axis=1)
         one, cosines, sines = sums.sum(axis=2, keepdims=True), sums @ c, sums @ s
         cosines, sines = np.concatenate([one, cosines], axis=2), np.concatenate([0 * one, sines], axis=2)
-        orders = np.append(0, np.tile(np.arange(1, n + 1), 2))
+        orders = np.array([0, *range(1, n + 1), *range(1, n + 1)], dtype=int)
         less, more = orders - orders[:, None], orders + orders[:, None]
         sign = np.where(np.arange(linear) > n, -1.0, 1.0)
         alike = sign * sign[:, None] > 0
         steep = (lam * shape**2)[..., None] * np.outer(orders, orders)
         # cos a cos b = (cos(a - b) + cos(a + b)) / 2, and so on
         parts = (
-            np.where(alike, cosines[:, 0, abs(less)], sign[:, None] * np.sign(less) * sines[:, 0, abs(less)]),
-            np.where(alike, np.minimum(sign, sign[:, None]) * cosines[:, 0, more], sines[:, 0, more]),
+            np.where(
+                alike,
+                np.take(cosines[:, 0], abs(less), axis=1),
+                sign[:, None] * np.sign(less) * np.take(sines[:, 0], abs(less), axis=1),
+            ),
+            np.where(
+                alike,
+                np.minimum(sign, sign[:, None]) * np.take(cosines[:, 0], more, axis=1),
+                np.take(sines[:, 0], more, axis=1),
+            ),
         )
         gram = ((1 + steep) * parts[0] + (1 - steep) * parts[1]) / 2
         share = np.sqrt(np.maximum(np.einsum("snn->sn", parts[0] + parts[1]) / 2, 0))

@@ -147,7 +147,6 @@ class Race:
 
     def evaluate(self, frame: np.ndarray, alpha: np.ndarray) -> State:
         """Everything at these shapes and joints; where they are astray J is infinite."""
-        p = self.p
         s = self.solve(frame, alpha)
         jacobian = self.jacobian(alpha, frame[:, 1:], s)
         residual = np.concatenate([-s.forces / EQUALITY, s.inside], axis=1)
@@ -293,7 +292,7 @@ class Race:
         """
         best = State(*(getattr(state, f.name).copy() for f in fields(state)))
         starts, n = best.alpha.shape
-        factors, second = np.array(lanes).T[..., None, None]
+        every = np.array(lanes).T[..., None, None]
         damping, growth = np.full(starts, 1e-2 if len(lanes) == 1 else 1.0), np.full(starts, 2.0)
         going, scale = np.isfinite(best.value) & (best.value > self.floor), np.zeros_like(best.alpha)
         bent = np.zeros((starts, n, n))
@@ -302,6 +301,7 @@ class Race:
             if not len(rows):
                 break
             now = best[rows]
+            factors, second = every if bent.any() else every[:, every[1, :, 0, 0] == 0]
             turned = now.jacobian.swapaxes(1, 2)
             gram = turned @ now.jacobian
             scale[rows] = np.maximum(scale[rows], np.sqrt(np.einsum("snn->sn", gram))) + 1e-30
@@ -313,10 +313,10 @@ class Race:
             step = -np.linalg.solve(model, b[:, None])
             there = now.alpha[:, None] + step[..., 0] / unit[:, None]
             there[..., self.inner :] = there[..., self.inner :].clip(*self.p.ends)
-            trials = self.evaluate(np.repeat(now.frame, len(lanes), axis=0), there.reshape(-1, n))
-            lane = trials.value.reshape(-1, len(lanes)).argmin(axis=1)
+            trials = self.evaluate(np.repeat(now.frame, len(factors), axis=0), there.reshape(-1, n))
+            lane = trials.value.reshape(-1, len(factors)).argmin(axis=1)
             index = np.arange(len(rows))
-            trial, step = trials[index * len(lanes) + lane], step[index, lane]
+            trial, step = trials[index * len(factors) + lane], step[index, lane]
             expected = -(step * (2 * b + a @ step)).sum(axis=(1, 2))
             gain = now.value - trial.value
             ratio = gain / np.maximum(expected, 1e-300)
@@ -326,7 +326,9 @@ class Race:
             went, stuck, least = rows[good], rows[~good], settled * now.value
             best[went] = trial[good]
             # Nielsen's rule
-            damping[went] *= factors[lane[good], 0, 0] * np.maximum(1 / 3, 1 - (2 * np.minimum(ratio[good], 1e3) - 1) ** 3)
+            damping[went] *= factors[lane[good], 0, 0] * np.maximum(
+                1 / 3, 1 - (2 * np.minimum(ratio[good], 1e3) - 1) ** 3
+            )
             damping[went] = np.maximum(damping[went], 1e-10)
             growth[went] = 2.0
             damping[stuck] *= growth[stuck] * factors.max()
@@ -344,7 +346,9 @@ def _bent(bent: np.ndarray, now: State, then: State) -> np.ndarray:
     rise = after - now.jacobian.swapaxes(1, 2) @ now.residual[..., None]
     missed = after - now.jacobian.swapaxes(1, 2) @ then.residual[..., None] - bent @ step
     along = (rise * step).sum(axis=(1, 2))[:, None, None]
-    sure = np.isfinite(then.value[:, None, None]) & (along > 1e-8 * np.linalg.norm(rise, axis=1, keepdims=True) * np.linalg.norm(step, axis=1, keepdims=True))
+    sure = np.isfinite(then.value[:, None, None]) & (
+        along > 1e-8 * np.linalg.norm(rise, axis=1, keepdims=True) * np.linalg.norm(step, axis=1, keepdims=True)
+    )
     along = np.where(sure, along, 1.0)
     both = missed @ rise.swapaxes(1, 2)
     update = (both + both.swapaxes(1, 2)) / along

@@ -131,7 +131,7 @@ class Rational(Separable):
 
     def by(self, shape: np.ndarray, z: np.ndarray, powers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The derivatives of D and D' by each number of the shape, (starts, points, numbers), likewise."""
-        n, sign = shape.shape[1], _sign((powers[..., 1 : shape.shape[1] + 1] @ shape[..., None]))
+        n, sign = shape.shape[1], _sign(powers[..., 1 : shape.shape[1] + 1] @ shape[..., None])
         return sign * powers[..., 1 : n + 1], sign * (np.arange(1, n + 1) * powers[..., :n])
 
     def columns(self, shape, z, linear):
