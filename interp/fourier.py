@@ -114,17 +114,10 @@ class Fourier(Separable):
         alike = sign * sign[:, None] > 0
         steep = (lam * shape**2)[..., None] * np.outer(orders, orders)
         # cos a cos b = (cos(a - b) + cos(a + b)) / 2, and so on
+        apart = np.maximum(less, -less)
         parts = (
-            np.where(
-                alike,
-                np.take(cosines[:, 0], abs(less), axis=1),
-                sign[:, None] * np.sign(less) * np.take(sines[:, 0], abs(less), axis=1),
-            ),
-            np.where(
-                alike,
-                np.minimum(sign, sign[:, None]) * np.take(cosines[:, 0], more, axis=1),
-                np.take(sines[:, 0], more, axis=1),
-            ),
+            np.where(alike, cosines[:, 0, apart], sign[:, None] * np.sign(less) * sines[:, 0, apart]),
+            np.where(alike, np.minimum(sign, sign[:, None]) * cosines[:, 0, more], sines[:, 0, more]),
         )
         gram = ((1 + steep) * parts[0] + (1 - steep) * parts[1]) / 2
         share = np.sqrt(np.maximum(np.einsum("snn->sn", parts[0] + parts[1]) / 2, 0))

@@ -193,7 +193,7 @@ def _found(race: Race, state: State) -> Found:
             np.append(location, np.linspace(lo, hi, 9) if p.tails == "linear" else []).astype(np.float32).astype(float)
         )
         frames = np.stack([places, np.full_like(places, scale)], axis=1)
-        location = places[race.values(frames, np.tile(alpha, (len(places), 1))).argmin()]
+        location = places[race.solve(frames, np.tile(alpha, (len(places), 1))).value.argmin()]
     if family.centred:
         location = location + scale * alpha[race.shapes]
     location, scale = (float(np.float32(v)) for v in (location, scale))  # the module keeps them so
