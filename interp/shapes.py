@@ -39,8 +39,8 @@ HOP = ((24, 10), (6, 16))
 LAST = (3, 60)
 """How many are improved on the fine nodes, by how many steps."""
 
-FEW = 48
-"""Nodes in the core for a family with one shape number."""
+FEW = (24, 2)
+"""Nodes in the core for a family with one shape number, and how many more with each degree."""
 
 SETTLED = 1e-3
 """The gain of a step, as a share of J, from which it goes on there."""
@@ -81,7 +81,7 @@ def search_shapes(p: Problem, sides: tuple[Side, Side]) -> Found:
     """Shape and joints of least J."""
     assert isinstance(p.family, Separable)
     smooth, fine = p.family.relaxed(), Race(p, p.family, sides, FINE)
-    race = Race(p, p.family, sides, FEW if _few(p) else COARSE)
+    race = Race(p, p.family, sides, FEW[0] + FEW[1] * p.degree if _few(p) else COARSE)
     begun = _begin(p, race)
     exact = np.flatnonzero(begun.value <= EXACT**2 * (p.w @ p.f**2))
     if len(exact):

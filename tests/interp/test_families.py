@@ -307,7 +307,7 @@ def test_a_core_ends_where_a_denominator_turns(degree):
 
 @over(Separable)
 def test_the_value_of_a_start_is_that_of_its_state(family, degree):
-    """As far as the scan is exact: it has no residuals."""
+    """The best of them; others may look worse, where the numbers of the series would be large, and none better."""
     p = Problem(get_target("mish"), family, degree, Gaussian(), "linear", 0.01)
     try:
         race = Race(p, family, p.choose_sides()[0], 64)
@@ -319,7 +319,9 @@ def test_the_value_of_a_start_is_that_of_its_state(family, degree):
     state = race.evaluate(frame, alpha)
     finite = np.isfinite(values)
     assert finite.any() and (finite == np.isfinite(state.value)).all()
-    np.testing.assert_allclose(values[finite], state.value[finite], rtol=0.2, atol=1e-8)
+    best = np.argsort(state.value)[:4]
+    np.testing.assert_allclose(values[best], state.value[best], rtol=1e-2, atol=1e-12)
+    assert (values >= 0.9 * state.value - 1e-9)[finite].all()
 
 
 def lines(start, kinks, jumps) -> list[tuple[float, float]]:
