@@ -26,7 +26,7 @@ def test_a_conversion_is_cheap():
 
 @pytest.mark.long
 def test_one_frequency_is_cheap_whatever_the_target():
-    """At most 10 ms, or four times what Hermite takes for GELU at that moment: the machine may be busy."""
+    """At most 10 ms, or five times what Hermite takes for GELU at that moment: the machine may be busy."""
 
     def milliseconds(target: str, family: str, degree: int) -> float:
         taken = []
@@ -39,7 +39,7 @@ def test_one_frequency_is_cheap_whatever_the_target():
     for degree in (3, 4, 7, 8):
         for target in TARGETS:
             taken, unit = milliseconds(target, "fourier", degree), milliseconds("gelu", "hermite", 8)
-            assert taken <= max(10, 4 * unit), f"{target}, degree {degree}: {taken:.1f} ms; hermite {unit:.1f} ms"
+            assert taken <= max(10, 5 * unit), f"{target}, degree {degree}: {taken:.1f} ms; hermite {unit:.1f} ms"
 
 
 @pytest.mark.long
