@@ -173,11 +173,52 @@ class Separable(Family):
         values, slopes = self.jacobian([0.0] * linear + _columns(shape), z)
         return _stack(values[:linear], z), _stack(slopes[:linear], z)
 
-    def turns(self, numbers: np.ndarray, shape: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The derivatives of S and S' by the shape, (starts, points, numbers), likewise."""
-        values, slopes = self.jacobian(_columns(numbers) + _columns(shape), z)
+    def normal(
+        self,
+        shape: np.ndarray,
+        z: np.ndarray,
+        w: np.ndarray,
+        f: np.ndarray,
+        d: np.ndarray,
+        lam: np.ndarray,
+        linear: int,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The normal equations of the columns, their right sides and the roots of E of each column's square.
+
+        Values `f` and slopes `d` by z are wanted with weights `w` and `lam` times these, each (starts, points), `lam`
+        (starts, 1).
+        """
+        values, slopes = self.columns(shape, z, linear)
+        heavy = (w[..., None] * values).swapaxes(1, 2)
+        steep = ((lam * w)[..., None] * slopes).swapaxes(1, 2)
+        gram = heavy @ values
+        share = np.sqrt(np.einsum("snn->sn", gram))
+        return gram + steep @ slopes, (heavy @ f[..., None] + steep @ d[..., None])[..., 0], share
+
+    def turns(
+        self, numbers: np.ndarray, shape: np.ndarray, z: np.ndarray, values: np.ndarray, slopes: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The derivatives of S and S' by the shape, (starts, points, numbers), likewise; the columns are given."""
+        by, slopes_by = self.jacobian(_columns(numbers) + _columns(shape), z)
         linear = numbers.shape[1]
-        return _stack(values[linear:], z), _stack(slopes[linear:], z)
+        return _stack(by[linear:], z), _stack(slopes_by[linear:], z)
+
+    def bend(self, numbers: np.ndarray, shape: np.ndarray, z: np.ndarray) -> np.ndarray:
+        """S'' at `z`, (starts, points), likewise; asked for where z is shifted."""
+        h, linear = 1e-6, numbers.shape[1]
+        before, after = (self.columns(shape, z + by, linear)[1] for by in (-h, h))
+        return ((after - before) @ numbers[..., None])[..., 0] / (2 * h)
+
+    def curve(self, parameters: list[float]) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+        degree = next(n for n in self.degrees if self.size(n) == len(parameters))
+        linear = len(parameters) - self.shape(degree)
+        numbers, shape = np.array(parameters[:linear]), np.array([parameters[linear:]])
+
+        def series(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            values, slopes = (part[0] @ numbers for part in self.columns(shape, np.reshape(z, (1, -1)), linear))
+            return values.reshape(np.shape(z)), slopes.reshape(np.shape(z))
+
+        return series
 
     def relaxed(self) -> Separable | None:
         """A smoother family that holds most of the best members of this one, to be searched before it."""

@@ -252,8 +252,12 @@ def _least_squares(
     family, linear = p.family, p.family.size(p.degree) - len(shape)
 
     def rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        values, slopes = family.jacobian([0.0] * linear + shape, (x - location) / scale)
-        return np.stack(values[:linear], axis=-1), np.stack(slopes[:linear], axis=-1) / scale
+        z = (x - location) / scale
+        if isinstance(family, Separable):
+            values, slopes = (part[0] for part in family.columns(np.array([shape]), z[None], linear))
+        else:
+            values, slopes = (np.stack(part, axis=-1) for part in family.jacobian([0.0] * linear, z))
+        return values, slopes / scale
 
     core = (p.x >= lo) & (p.x <= hi)
     x, w, f, d = p.x[core], p.w[core], p.f[core], p.d[core]
@@ -309,9 +313,11 @@ def _measure(p: Problem, result: Fit) -> Fit:
 
 
 def _copy(family: Family, fit: Fit, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    curve = family.curve(list(fit.coefficients))
+
     def series(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        z, numbers = (at - fit.location) / fit.scale, list(fit.coefficients)
-        return family.evaluate(numbers, z), family.slope(numbers, z) / fit.scale
+        value, slope = curve((at - fit.location) / fit.scale)
+        return value, slope / fit.scale
 
     clipped = np.clip(x, fit.lo, fit.hi)
     value, slope = series(clipped)

@@ -80,29 +80,63 @@ class Fourier(Separable):
         return pi  # w = 1 is periodic on the core
 
     def starts(self, degree, z, w, f):
-        return np.tile([[0.8], [0.7], [0.6], [0.5], [0.3], [0.15], [0.05]], (len(z), 1, 1))
+        return np.tile([[0.85], [0.7], [0.6], [0.5], [0.4], [0.28], [0.15], [0.05]], (len(z), 1, 1))
 
-    def frequencies(self, shape: np.ndarray, degree: int) -> np.ndarray:
-        """The frequency of each harmonic, for shapes in rows."""
-        return shape * np.arange(1, degree + 1)
+    def angles(self, shape: np.ndarray, z: np.ndarray, degree: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Cosine and sine of each harmonic, (starts, points, harmonics), and its frequency, for shapes in rows."""
+        waves = np.empty((*z.shape, degree), dtype=complex)
+        np.exp(1j * (shape * z), out=waves[..., 0])
+        for k in range(1, degree):
+            np.multiply(waves[..., k - 1], waves[..., 0], out=waves[..., k])
+        return np.real(waves), np.imag(waves), shape * np.arange(1, degree + 1)
 
     def columns(self, shape, z, linear):
-        w = self.frequencies(shape, linear // 2)[:, None]
-        angle = w * z[..., None]
-        c, s, one = np.cos(angle), np.sin(angle), np.ones((*z.shape, 1))
-        return np.concatenate([one, c, s], axis=-1), np.concatenate([0 * one, -w * s, w * c], axis=-1)
+        n = linear // 2
+        c, s, w = self.angles(shape, z, n)
+        values, slopes = np.empty((*z.shape, linear)), np.empty((*z.shape, linear))
+        values[..., 0], values[..., 1 : n + 1], values[..., n + 1 :] = 1.0, c, s
+        slopes[..., 0] = 0.0
+        np.multiply(-w[:, None], s, out=slopes[..., 1 : n + 1])
+        np.multiply(w[:, None], c, out=slopes[..., n + 1 :])
+        return values, slopes
 
-    def turns(self, numbers, shape, z):
+    def normal(self, shape, z, w, f, d, lam, linear):
+        """From moments E[exp(ik w z)], k = 0..2n, of which all products of two columns are sums."""
+        n = linear // 2
+        c, s, _ = self.angles(shape, z, 2 * n)
+        sums = np.stack([w, w * f, lam * shape * w * d], axis=1)
+        one, cosines, sines = sums.sum(axis=2, keepdims=True), sums @ c, sums @ s
+        cosines, sines = np.concatenate([one, cosines], axis=2), np.concatenate([0 * one, sines], axis=2)
+        orders = np.array([0, *range(1, n + 1), *range(1, n + 1)], dtype=int)
+        less, more = orders - orders[:, None], orders + orders[:, None]
+        sign = np.where(np.arange(linear) > n, -1.0, 1.0)
+        alike = sign * sign[:, None] > 0
+        steep = (lam * shape**2)[..., None] * np.outer(orders, orders)
+        # cos a cos b = (cos(a - b) + cos(a + b)) / 2, and so on
+        apart = np.maximum(less, -less)
+        parts = (
+            np.where(alike, cosines[:, 0, apart], sign[:, None] * np.sign(less) * sines[:, 0, apart]),
+            np.where(alike, np.minimum(sign, sign[:, None]) * cosines[:, 0, more], sines[:, 0, more]),
+        )
+        gram = ((1 + steep) * parts[0] + (1 - steep) * parts[1]) / 2
+        share = np.sqrt(np.maximum(np.einsum("snn->sn", parts[0] + parts[1]) / 2, 0))
+        k = np.arange(1, n + 1)
+        right = np.concatenate(
+            [
+                cosines[:, 1, :1],
+                cosines[:, 1, 1 : n + 1] - k * sines[:, 2, 1 : n + 1],
+                sines[:, 1, 1 : n + 1] + k * cosines[:, 2, 1 : n + 1],
+            ],
+            axis=1,
+        )
+        return gram, right, share
+
+    def turns(self, numbers, shape, z, values, slopes):
         n = numbers.shape[1] // 2
-        w, a, b = self.frequencies(shape, n)[:, None], numbers[:, None, 1 : n + 1], numbers[:, None, n + 1 :]
-        angle = w * z[..., None]
-        c, s = np.cos(angle), np.sin(angle)
-        turned = b * c - a * s
-        value, slope = z[..., None] * turned, turned - w * z[..., None] * (a * c + b * s)
-        if shape.shape[1] == n:
-            return value, slope
-        orders = np.arange(1.0, n + 1)[:, None]
-        return value @ orders, slope @ orders
+        a, b, orders, level = numbers[:, 1 : n + 1], numbers[:, n + 1 :], np.arange(1, n + 1), 0 * numbers[:, :1]
+        turned = (values @ np.concatenate([level, orders * b, -orders * a], axis=1)[..., None])[..., 0]
+        bent = (slopes @ np.concatenate([level, orders * b, -orders * a], axis=1)[..., None])[..., 0]
+        return (z * turned)[..., None], (turned + z * bent)[..., None]
 
     def waves(self, shape: list[Array], z: Array, degree: int) -> tuple[list[Array], list[Array], list[Array]]:
         """Cosines and sines of each harmonic, and its frequency."""
@@ -224,8 +258,19 @@ class FreeFourier(Fourier):
         lines = [[0.02, *((k + 0.55) * step for k in range(degree - 1))] for step in (1.6, 1.35, 1.0, 0.7, 0.45)]
         return np.tile([*multiples, *halves, *lines], (len(z), 1, 1))
 
-    def frequencies(self, shape, degree):
-        return shape
+    def normal(self, shape, z, w, f, d, lam, linear):
+        return Separable.normal(self, shape, z, w, f, d, lam, linear)
+
+    def angles(self, shape, z, degree):
+        angle = shape[:, None] * z[..., None]
+        return np.cos(angle), np.sin(angle), shape
+
+    def turns(self, numbers, shape, z, values, slopes):
+        n = numbers.shape[1] // 2
+        a, b = numbers[:, None, 1 : n + 1], numbers[:, None, n + 1 :]
+        turned = b * values[..., 1 : n + 1] - a * values[..., n + 1 :]
+        bent = b * slopes[..., 1 : n + 1] - a * slopes[..., n + 1 :]
+        return z[..., None] * turned, turned + z[..., None] * bent
 
     def waves(self, shape, z, degree):
         cosines, sines = zip(*(cos_sin(frequency * z) for frequency in shape), strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import inf
 
 import numpy as np
@@ -13,8 +13,11 @@ from .errors import OrthoactError
 from .family import Family
 from .targets import Line, Target
 
-FINER = 8
+FINER = 4
 """Cells of the target's table in one cell of the law's nodes."""
+
+BESIDE = 2e-6
+"""How far from a kink the target's table begins and ends, in standard deviations."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,6 @@ class Problem:
         self.cells = np.append(x - self.step / 2, x[-1] + self.step / 2)
         self.ends = self.cells[0], self.cells[-1]
         self.sums: dict[tuple[int, Line], np.ndarray] = {}
-        self.table: np.ndarray | None = None
         far = np.linspace(-20, 20, 401) if tails == "linear" else np.linspace(*self.four_deviations(), 401)
         far = far[self.smooth(far)]
         values, slopes = target(np.concatenate([self.x, far]))
@@ -127,21 +129,32 @@ class Problem:
         return self.near(joints)
 
     def near(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The target at `x` under the law, from a table of cubics away from its kinks: fast, for the searches."""
-        h = self.step / FINER
-        if self.table is None:
-            f, d = self.target(self.ends[0] + h * np.arange(FINER * len(self.x) + 1))
-            d, rise = d * h, np.diff(f)
-            self.table = np.stack([f[:-1], d[:-1], 3 * rise - 2 * d[:-1] - d[1:], d[:-1] + d[1:] - 2 * rise])
-        place = (x - self.ends[0]) / h
-        cell = np.clip(place.astype(int), 0, self.table.shape[1] - 1)
-        t, (a, b, c, e) = place - cell, self.table[:, cell]
-        value, slope = a + t * (b + t * (c + t * e)), (b + t * (2 * c + 3 * t * e)) / h
-        if self.target.kinks:
-            rough = np.any([np.abs(x - kink) <= 2 * h for kink in self.target.kinks], axis=0)
-            if rough.any():
-                value[rough], slope[rough] = self.target(x[rough])
-        return value, slope
+        """The target at `x` under the law, from a table of cubics between its kinks: fast, for the searches."""
+        table, borders, begin, per, first, last = self.table
+        piece = np.searchsorted(borders, x)
+        place = (x - begin[piece]) * per[piece]
+        cell = np.clip(place.astype(int), 0, last[piece])
+        t, (a, b, c, e) = place - cell, table[:, first[piece] + cell]
+        return a + t * (b + t * (c + t * e)), (b + t * (2 * c + 3 * t * e)) * per[piece]
+
+    @cached_property
+    def table(self) -> tuple[np.ndarray, ...]:
+        """The cubics of `near`, and for each piece between kinks: where it begins, cells in a unit, its cells."""
+        inside = [k for k in self.target.kinks if self.ends[0] + self.step < k < self.ends[1] - self.step]
+        borders = np.array([self.ends[0], *sorted(inside), self.ends[1]])
+        # beside a kink is beyond what any target takes for the kink itself
+        begin, end = borders[:-1] + BESIDE * self.domain.std, borders[1:] - BESIDE * self.domain.std
+        count = np.ceil((end - begin) * (FINER / self.step)).astype(int)
+        h = (end - begin) / count
+        f, d = self.target(np.concatenate([a + s * np.arange(n + 1) for a, s, n in zip(begin, h, count, strict=True)]))
+        ends = np.cumsum(count + 1)[:-1]
+        cubics = []
+        for value, slope, unit in zip(np.split(f, ends), np.split(d, ends), h, strict=True):
+            slope, rise = slope * unit, np.diff(value)
+            here, there = slope[:-1], slope[1:]
+            cubics.append(np.stack([value[:-1], here, 3 * rise - 2 * here - there, here + there - 2 * rise]))
+        first = np.cumsum(count) - count
+        return np.concatenate(cubics, axis=1), borders[1:-1], begin, 1 / h, first, count - 1
 
     def curvature(self, x: np.ndarray) -> np.ndarray:
         """The target's second derivative at `x`, by differences."""
@@ -154,14 +167,45 @@ class Problem:
         x = joints.mean(axis=1, keepdims=True) + half * t
         return x, np.interp(x, self.x, self.w) / self.step * half * w
 
+    def pieces(self, joints: np.ndarray, kinks: list[float], count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same with as many of the nodes on either side of each kink, where the target is smooth."""
+        at = np.clip(np.array(kinks), joints[:, :1], joints[:, 1:])
+        borders = np.concatenate([joints[:, :1], at, joints[:, 1:]], axis=1)
+        pairs = np.stack([borders[:, :-1], borders[:, 1:]], axis=2).reshape(-1, 2)
+        x, w = self.gauss(pairs, count // (len(kinks) + 1))
+        return x.reshape(len(joints), -1), w.reshape(len(joints), -1)
+
     def tail(self, i: int, line: Line | None, joint: np.ndarray) -> np.ndarray:
         """The share of J in the left (0) or right (1) tail for each joint."""
         if line is not None:
             return np.interp(joint, self.cells, self.running(i, line))
-        value, slope = self.near(joint)  # the tail takes the target's value and slope at the joint
-        gap = value[:, None] + slope[:, None] * (self.x - joint[:, None]) - self.f
-        outside = self.x < joint[:, None] if i == 0 else self.x > joint[:, None]
-        return (outside * (gap**2 + self.weight * (slope[:, None] - self.d) ** 2)) @ self.w
+        return self.tangent(i, joint, *self.near(joint))[0]
+
+    def tangent(self, i: int, joint: np.ndarray, value: np.ndarray, slope: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The share of J in a tail that takes the target's value and slope at the joint, and how it grows with it."""
+        one, t, tt, f, tf, ff, d, dd = self.moments(i, joint)
+        joint = joint - self.domain.mean
+        level = value - slope * joint
+        gap = level * one + slope * t - f
+        square = level * (gap - f) + slope * (level * t + slope * tt - 2 * tf) + ff
+        steep, steep_square = slope * one - d, slope * (slope * one - 2 * d) + dd
+        turned = level * t + slope * tt - tf - joint * gap + self.weight * steep
+        bend = self.curvature(joint + self.domain.mean)
+        return np.maximum(square, 0) + self.weight * np.maximum(steep_square, 0), 2 * bend * turned
+
+    def moments(self, i: int, joint: np.ndarray) -> np.ndarray:
+        """Sums of the weights, and of these times what stands in `tangent`, left (0) or right (1) of each joint."""
+        place = np.clip((joint - self.cells[0]) / self.step, 0, len(self.x) - 1e-9)
+        cell, table = place.astype(int), self.outer[i]
+        return table[:, cell] + (place - cell) * (table[:, cell + 1] - table[:, cell])
+
+    @cached_property
+    def outer(self) -> tuple[np.ndarray, np.ndarray]:
+        """These sums at the borders of the nodes' cells, left and right."""
+        t = self.x - self.domain.mean
+        each = self.w * np.stack([t**0, t, t**2, self.f, t * self.f, self.f**2, self.d, self.d**2])
+        left, right = (np.cumsum(part, axis=1) for part in (each, each[:, ::-1]))
+        return np.pad(left, ((0, 0), (1, 0))), np.pad(right, ((0, 0), (1, 0)))[:, ::-1]
 
     def running(self, i: int, line: Line) -> np.ndarray:
         """The share of J in a straight tail that ends at each border of the nodes' cells, summed from outside."""

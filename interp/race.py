@@ -34,6 +34,14 @@ STEEP = 15.0
 NOTHING = 1e-100
 """The share in the copy below which a term of the series is none."""
 
+Lanes = tuple[tuple[float, float], ...]
+
+GAUSS: Lanes = ((1.0, 0.0),)
+"""Steps to choose from, here one: a factor of the damping; and 1 for Newton's with what curved residuals add."""
+
+LANES: Lanes = ((0.01, 0.0), (1.0, 0.0), (0.01, 1.0), (1.0, 1.0))
+"""The steps where few starts must arrive soon."""
+
 DENSE = np.linspace(0, 1, 513)
 """Where in the core a shape is checked."""
 
@@ -59,6 +67,45 @@ class State:
             getattr(self, f.name)[rows] = getattr(other, f.name)
 
 
+@dataclass(frozen=True)
+class Sample:
+    """What is wanted of each start."""
+
+    joints: np.ndarray
+    astray: np.ndarray
+    z: np.ndarray
+    """The joints, if there are any, and the nodes."""
+    w: np.ndarray
+    f: np.ndarray
+    d: np.ndarray
+    tails: np.ndarray
+    """The share of J in each tail."""
+    growth: np.ndarray
+    """How that grows with the joint, where the tail is a tangent of the target."""
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The best linear numbers of each start, and what they were found from."""
+
+    at: Sample
+    values: np.ndarray
+    slopes: np.ndarray
+    root: np.ndarray
+    """Roots of the nodes' weights."""
+    share: np.ndarray
+    """The share of each number in the copy: the unit of the columns of the systems."""
+    system: np.ndarray
+    matrix: np.ndarray
+    numbers: np.ndarray
+    forces: np.ndarray
+    """Multipliers of the equalities."""
+    inside: np.ndarray
+    """What is left of the rows."""
+    value: np.ndarray
+    """J."""
+
+
 class Race:
     """J as a sum of squares over the nodes of a family's core, for many shapes and joints at once."""
 
@@ -73,6 +120,8 @@ class Race:
         """The joints at which the slope is asked for too."""
         self.kinked = [] if self.bare else [i for i in (0, 1) if i not in self.steep]
         self.unsound = type(family).sound is not Separable.sound
+        self.rough = sorted(set(p.target.kinks) - {side.joint for side in sides})
+        """Kinks of the target that stay inside the core."""
         self.count, self.floor = nodes, FLOOR * (1 + p.w @ p.f**2)
 
     def joints(self, alpha: np.ndarray) -> np.ndarray:
@@ -86,59 +135,75 @@ class Race:
         """Nodes of each core and their weights."""
         if self.bare:
             return np.tile(self.p.x, (len(joints), 1)), np.tile(self.p.w, (len(joints), 1))
-        return self.p.gauss(joints, self.count)
+        return self.p.pieces(joints, self.rough, self.count) if self.rough else self.p.gauss(joints, self.count)
 
-    def rows(self, values: np.ndarray, slopes: np.ndarray, root: np.ndarray) -> np.ndarray:
-        """Rows of the systems from values and slopes at the joints and the nodes, (starts, points, columns)."""
-        n = 0 if self.bare else 2
-        parts = [EQUALITY * values[:, :n], EQUALITY * slopes[:, self.steep]] if n else []
-        lam = np.sqrt(self.p.weight)
-        return np.concatenate([*parts, root[..., None] * values[:, n:], lam * root[..., None] * slopes[:, n:]], axis=1)
+    def rows(self, values: np.ndarray, slopes: np.ndarray, root: np.ndarray, scale) -> tuple[np.ndarray, np.ndarray]:
+        """From values and slopes at the joints and the nodes: what the equalities see, and the rows of the systems."""
+        n, count = 0 if self.bare else 2, root.shape[1]
+        data = np.empty((len(root), 2 * count, values.shape[2]))
+        np.multiply(values[:, n:], root[..., None], out=data[:, :count])
+        np.multiply(slopes[:, n:], (np.sqrt(self.p.weight) * root / scale)[..., None], out=data[:, count:])
+        return np.concatenate([values[:, :n], slopes[:, self.steep] / scale[..., None]], axis=1), data
 
     def evaluate(self, frame: np.ndarray, alpha: np.ndarray) -> State:
         """Everything at these shapes and joints; where they are astray J is infinite."""
-        p = self.p
-        joints, astray, z, basis, root, system, y = self.systems(frame, alpha)
-        q, r = np.linalg.qr(system)
-        numbers = np.linalg.solve(r, q.swapaxes(1, 2) @ y)
-        inside = y - system @ numbers
-        value = (inside**2).sum(axis=(1, 2)) + self.outside(joints, basis[1], numbers)
-        jacobian = self.jacobian(alpha, z, frame[:, 1:], root, joints, q, r, numbers, inside, basis)
-        residual = inside[..., 0]
+        s = self.solve(frame, alpha)
+        jacobian = self.jacobian(alpha, frame[:, 1:], s)
+        residual = np.concatenate([-s.forces / EQUALITY, s.inside], axis=1)
         for k, i in enumerate(self.free, self.inner):
             if self.sides[i].line is None:  # a tangent of the target turns as the joint moves
-                before, now, after = (
-                    np.sqrt(p.tail(i, None, joints[:, i] + by) + 1e-30) for by in (-p.step / 4, 0.0, p.step / 4)
-                )
+                root = np.sqrt(s.at.tails[:, i, None] + 1e-30)
                 turn = np.zeros((len(alpha), 1, alpha.shape[1]))
-                turn[:, 0, k] = (after - before) / (p.step / 2)
+                turn[..., k] = s.at.growth[:, i, None] / (2 * root)
                 jacobian = np.concatenate([jacobian, turn], axis=1)
-                residual = np.concatenate([residual, now[:, None]], axis=1)
-        astray |= ~np.isfinite(jacobian).all(axis=(1, 2)) | ~np.isfinite(value)
+                residual = np.concatenate([residual, root], axis=1)
+        astray = ~np.isfinite(jacobian).all(axis=(1, 2)) | ~np.isfinite(s.value)
         jacobian[astray], residual[astray] = 0.0, 0.0
-        return State(frame, alpha, np.where(astray, np.inf, value), residual, jacobian)
+        return State(frame, alpha, np.where(astray, np.inf, s.value), residual, jacobian)
 
     def values(self, frame: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-        """J alone, which costs half."""
-        joints, astray, _, basis, _, system, y = self.systems(frame, alpha)
-        r = np.asarray(np.linalg.qr(np.concatenate([system, y], axis=2), mode="r"))
-        numbers = np.linalg.solve(r[:, :-1, :-1], r[:, :-1, -1:]) if self.kinked else None
-        value = r[:, -1, -1] ** 2 + self.outside(joints, basis[1], numbers)
+        """J alone, from the normal equations alone: to 1e-15 of the target's square."""
+        s, scale, lam = self.sample(frame, alpha), frame[:, 1:], self.p.weight
+        n, shape = 0 if self.bare else 2, alpha[:, : self.shapes]
+        f, d = s.f[:, n:], s.d[:, n:]
+        gram, right, share = self.family.normal(shape, s.z[:, n:], s.w, f, d * scale, lam / scale**2, self.linear)
+        values, slopes = self.family.columns(shape, s.z[:, :2], self.linear)
+        equal = np.concatenate([values[:, :n], slopes[:, self.steep] / scale[..., None]], axis=1)
+        asked = np.concatenate([s.f[:, :n], s.d[:, self.steep]], axis=1)
+        astray = s.astray | ~np.isfinite(gram).all(axis=(1, 2)) | ~(share.min(axis=1) > NOTHING)
+        share[astray], gram[astray], right[astray], equal[astray] = 1.0, 0.0, 0.0, 0.0
+        gram, right, equal = gram / (share[:, :, None] * share[:, None]), right / share, equal / share[:, None]
+        _, small, forces = self.bordered(gram, equal, right[..., None], asked[..., None])
+        inside = ((gram @ small)[..., 0] - 2 * right) * small[..., 0]
+        value = np.maximum((s.w * (f**2 + lam * d**2)).sum(axis=1) + inside.sum(axis=1), 0)
+        value += self.rounding**2 * (small**2).sum(axis=(1, 2)) + (forces**2).sum(axis=(1, 2)) / EQUALITY**2
+        value += self.outside(s, slopes / scale[..., None], small / share[..., None]).sum(axis=1)
         return np.where(astray | ~np.isfinite(value), np.inf, value)
 
-    def outside(self, joints: np.ndarray, slopes: np.ndarray, numbers: np.ndarray | None) -> np.ndarray:
-        """The share of J that no row of the systems has: the tails', and a penalty where the core is too steep."""
-        value = np.zeros(len(joints))
+    def outside(self, s: Sample, slopes: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """The share of J that no row has: that of each tail, and a penalty where the core is too steep at a kink."""
+        value = s.tails.copy()
         for i in self.kinked:
-            value += np.maximum(np.abs((slopes[:, i, None] @ numbers)[:, 0, 0]) - STEEP, 0) ** 2
-        if not self.bare:
-            for i, side in enumerate(self.sides):
-                value += self.p.tail(i, side.line, joints[:, i])
+            value[:, i] += np.maximum(np.abs((slopes[:, i, None] @ numbers)[:, 0, 0]) - STEEP, 0) ** 2
         return value
 
-    def systems(self, frame: np.ndarray, alpha: np.ndarray) -> tuple:
-        """Joints, what is astray, z, the basis and its slopes, roots of weights, the systems and their right sides."""
-        p, linear = self.p, self.linear
+    def bordered(self, gram, equal, right, asked) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Normal equations with the equalities: the matrix, the linear numbers, multipliers of the equalities.
+
+        Because of the rows that keep terms small, the numbers are as exact as J needs: errors of 1e-16 in the matrix
+        are a hundredth of what these rows add.
+        """
+        linear, total = gram.shape[1], gram.shape[1] + equal.shape[1]
+        matrix = np.zeros((len(gram), total, total))
+        matrix[:, :linear, :linear] = gram + self.rounding**2 * np.eye(linear)
+        matrix[:, :linear, linear:], matrix[:, linear:, :linear] = equal.swapaxes(1, 2), equal
+        matrix[:, linear:, linear:] = -np.eye(total - linear) / EQUALITY**2
+        found = np.linalg.solve(matrix, np.concatenate([right, asked], axis=1))
+        return matrix, found[:, :linear], found[:, linear:]
+
+    def sample(self, frame: np.ndarray, alpha: np.ndarray) -> Sample:
+        """Where the joints and the nodes are, and what is wanted there."""
+        p = self.p
         location, scale = frame[:, :1], frame[:, 1:]
         shift = alpha[:, self.shapes : self.inner] if self.family.centred else 0.0
         joints = self.joints(alpha)
@@ -151,92 +216,141 @@ class Race:
                 ends = joints[:, :1] + DENSE * (joints[:, 1:] - joints[:, :1])
                 astray |= ~self.family.sound(alpha[:, : self.shapes], (ends - location) / scale - shift)
         x, w = self.nodes(joints)
-        root = np.sqrt(w)
-        f, d = (p.f + 0 * x, p.d + 0 * x) if self.bare else p.near(x)
-        at = x
-        if not self.bare:
-            asked = [p.ask(side, joint) for side, joint in zip(self.sides, joints.T, strict=True)]
+        tails, growth = np.zeros((2, len(x), 2))
+        if self.bare:
+            at, f, d = x, p.f + 0 * x, p.d + 0 * x
+        else:
             at = np.concatenate([joints, x], axis=1)
-            f = np.concatenate([*(value[:, None] for value, _ in asked), f], axis=1)
-            d = np.concatenate([*(slope[:, None] for _, slope in asked), d], axis=1)
-        z = (at - location) / scale - shift
-        values, slopes = self.family.columns(alpha[:, : self.shapes], z, linear)
-        slopes = slopes / scale[..., None]
-        system, y = self.rows(values, slopes, root), self.rows(f[..., None], d[..., None], root)
-        # the share of each number in the copy, of which rounding is a share
-        share = np.sqrt(w[:, None] @ values[:, -x.shape[1] :] ** 2)[:, 0]
-        system = np.concatenate([system, self.rounding * share[..., None] * np.eye(linear)], axis=1)
-        y = np.concatenate([y, np.zeros((len(alpha), linear, 1))], axis=1)
-        astray |= ~np.isfinite(system).all(axis=(1, 2)) | (share.min(axis=1) < NOTHING)
-        system[astray] = np.eye(system.shape[1], linear)
-        return joints, astray, z, (values, slopes), root, system, y
+            f, d = p.near(at)
+            for i, side in enumerate(self.sides):
+                if side.line is None:
+                    tails[:, i], growth[:, i] = p.tangent(i, joints[:, i], f[:, i], d[:, i])
+                else:
+                    f[:, i], d[:, i] = side.line[0] * joints[:, i] + side.line[1], side.line[0]
+                    tails[:, i] = p.tail(i, side.line, joints[:, i])
+        return Sample(joints, astray, (at - location) / scale - shift, w, f, d, tails, growth)
 
-    def jacobian(self, alpha, z, scale, root, joints, q, r, numbers, inside, basis) -> np.ndarray:
+    def solve(self, frame: np.ndarray, alpha: np.ndarray) -> Solved:
+        """The best linear numbers, and all that they leave."""
+        s, scale = self.sample(frame, alpha), frame[:, 1:]
+        root = np.sqrt(s.w)
+        values, slopes = self.family.columns(alpha[:, : self.shapes], s.z, self.linear)
+        equal, system = self.rows(values, slopes, root, scale)
+        asked, y = self.rows(s.f[..., None], s.d[..., None], root, np.ones((1, 1)))
+        # the share of each number in the copy, of which rounding is a share
+        share = np.linalg.norm(system[:, : root.shape[1]], axis=1)
+        astray = s.astray | ~np.isfinite(slopes).all(axis=(1, 2)) | ~(share.min(axis=1) > NOTHING)
+        share[astray] = 1.0
+        equal /= share[:, None]
+        system /= share[:, None]
+        equal[astray], system[astray] = 0.0, 0.0
+        turned = system.swapaxes(1, 2)
+        matrix, small, forces = self.bordered(turned @ system, equal, turned @ y, asked)
+        inside = np.concatenate([y - system @ small, -self.rounding * small], axis=1)[..., 0]
+        numbers = small / share[..., None]
+        value = (inside**2).sum(axis=1) + (forces**2).sum(axis=(1, 2)) / EQUALITY**2
+        value += self.outside(s, slopes[:, :2] / scale[..., None], numbers).sum(axis=1)
+        value = np.where(astray, np.inf, value)
+        return Solved(s, values, slopes, root, share, system, matrix, numbers, forces[..., 0], inside, value)
+
+    def jacobian(self, alpha: np.ndarray, scale: np.ndarray, s: Solved) -> np.ndarray:
         r"""$-P^\perp \dot\Phi c - (\Phi^+)^T \dot\Phi^T r$, the second term for the joints only.
 
         A joint moves what is asked of the core and the border between core and tail, where both are alike: what one
         side gains there the other loses.
         """
-        p, linear = self.p, self.linear
+        p, linear, z, numbers = self.p, self.linear, s.at.z, s.numbers
         shape, c = alpha[:, : self.shapes], numbers[..., 0]
-        size = q.shape[1] - linear
-        moved = np.zeros((*q.shape[:2], alpha.shape[1]))
+        size = s.system.shape[1]
+        moved = np.zeros((len(alpha), size, alpha.shape[1]))
+        asked = np.zeros((len(alpha), s.forces.shape[1], alpha.shape[1]))
         turned = np.zeros((len(alpha), linear, alpha.shape[1]))
-        turns = self.family.turns(c, shape, z)
-        moved[:, :size, : self.shapes] = self.rows(turns[0], turns[1] / scale[..., None], root)
+        turns = self.family.turns(c, shape, z, s.values, s.slopes)
+        asked[..., : self.shapes], moved[..., : self.shapes] = self.rows(*turns, s.root, scale)
         if self.family.centred:
-            h = 1e-6
-            after = self.family.columns(shape, z + h, linear)[1] @ numbers
-            steep = scale[..., None] * (basis[1] @ numbers)
-            bend = (after - steep) / h
-            moved[:, :size, self.shapes : self.inner] = -self.rows(steep, bend / scale[..., None], root)
+            at, steep = slice(self.shapes, self.inner), -s.slopes @ numbers
+            bend = -self.family.bend(c, shape, z)[..., None]
+            asked[..., at], moved[..., at] = self.rows(steep, bend, s.root, scale)
         if self.free:
             h = 1e-5
-            ends = np.concatenate([z[:, :2] - h, z[:, :2] + h], axis=1)
-            by = [
-                EQUALITY * (part[:, 2:] - part[:, :2]) / (2 * h) / unit
-                for part, unit in zip(
-                    self.family.columns(shape, ends, linear), (scale[..., None], scale[..., None] ** 2), strict=True
-                )
-            ]
+            ends = self.family.columns(shape, np.concatenate([z[:, :2] - h, z[:, :2] + h], axis=1), linear)[1]
+            by = s.slopes[:, :2] / scale[..., None], (ends[:, 2:] - ends[:, :2]) / (2 * h) / scale[..., None] ** 2
             for k, i in enumerate(self.free, self.inner):
-                bend = 0.0 if self.sides[i].line is not None else p.curvature(joints[:, i])
+                bend = 0.0 if self.sides[i].line is not None else p.curvature(s.at.joints[:, i])
                 row = 2 + self.steep.index(i)
-                moved[:, row, k] = (by[1][:, i, None] @ numbers)[:, 0, 0] - EQUALITY * bend
-                turned[..., k] = by[0][:, i] * inside[:, i] + by[1][:, i] * inside[:, row]
-        return q @ (q.swapaxes(1, 2) @ moved - np.linalg.solve(r.swapaxes(1, 2), turned)) - moved
+                asked[:, row, k] = (by[1][:, i, None] @ numbers)[:, 0, 0] - bend
+                turned[..., k] = -by[0][:, i] * s.forces[:, i, None] - by[1][:, i] * s.forces[:, row, None]
+        right = s.system.swapaxes(1, 2) @ moved - turned / s.share[..., None]
+        found = np.linalg.solve(s.matrix, np.concatenate([right, asked], axis=1))
+        small = found[:, :linear]
+        return np.concatenate([found[:, linear:] / EQUALITY, s.system @ small - moved, self.rounding * small], axis=1)
 
-    def improve(self, state: State, steps: int, settled: float = 1e-4) -> State:
-        """So many of Levenberg and Marquardt's steps by every start, or until one gains less than `settled` of J."""
+    def improve(self, state: State, steps: int, settled: float = 1e-4, lanes: Lanes = GAUSS) -> State:
+        """So many of Levenberg and Marquardt's steps by every start, or until one gains less than `settled` of J.
+
+        Each step is the best of some `lanes`.
+        """
         best = State(*(getattr(state, f.name).copy() for f in fields(state)))
-        damping, growth = np.full(len(best.value), 1e-2), np.full(len(best.value), 2.0)
+        starts, n = best.alpha.shape
+        every = np.array(lanes).T[..., None, None]
+        damping, growth = np.full(starts, 1e-2 if len(lanes) == 1 else 1.0), np.full(starts, 2.0)
         going, scale = np.isfinite(best.value) & (best.value > self.floor), np.zeros_like(best.alpha)
+        bent = np.zeros((starts, n, n))
         for _ in range(steps):
             rows = np.flatnonzero(going)
             if not len(rows):
                 break
             now = best[rows]
-            n = now.alpha.shape[1]
-            scale[rows] = np.maximum(scale[rows], np.linalg.norm(now.jacobian, axis=1)) + 1e-30
-            both = np.concatenate([now.jacobian / scale[rows, None], now.residual[..., None]], axis=2)
-            small = np.asarray(np.linalg.qr(both, mode="r"))
-            a, b = small[:, :n, :n], small[:, :n, n:]
-            q, r = np.linalg.qr(np.concatenate([a, np.sqrt(damping[rows])[:, None, None] * np.eye(n)], axis=1))
-            step = -np.linalg.solve(r + 1e-14 * np.eye(n), np.swapaxes(q[:, :n], 1, 2) @ b)
-            expected = (b**2).sum(axis=(1, 2)) - ((a @ step + b) ** 2).sum(axis=(1, 2))
-            there = now.alpha + step[..., 0] / scale[rows]
-            there[:, self.inner :] = there[:, self.inner :].clip(*self.p.ends)
-            trial = self.evaluate(now.frame, there)
+            factors, second = every if bent.any() else every[:, every[1, :, 0, 0] == 0]
+            turned = now.jacobian.swapaxes(1, 2)
+            gram = turned @ now.jacobian
+            scale[rows] = np.maximum(scale[rows], np.sqrt(np.einsum("snn->sn", gram))) + 1e-30
+            unit = scale[rows]
+            square = unit[..., None] * unit[:, None]
+            a, b = gram / square, (turned @ now.residual[..., None]) / unit[..., None]
+            model = a[:, None] + second * (bent[rows] / square)[:, None]
+            model = model + factors * damping[rows, None, None, None] * np.eye(n)
+            step = -np.linalg.solve(model, b[:, None])
+            there = now.alpha[:, None] + step[..., 0] / unit[:, None]
+            there[..., self.inner :] = there[..., self.inner :].clip(*self.p.ends)
+            trials = self.evaluate(np.repeat(now.frame, len(factors), axis=0), there.reshape(-1, n))
+            lane = trials.value.reshape(-1, len(factors)).argmin(axis=1)
+            index = np.arange(len(rows))
+            trial, step = trials[index * len(factors) + lane], step[index, lane]
+            expected = -(step * (2 * b + a @ step)).sum(axis=(1, 2))
             gain = now.value - trial.value
             ratio = gain / np.maximum(expected, 1e-300)
-            good = ratio > 1e-3
+            good = (gain > 0) & (ratio > 1e-3)
+            if len(lanes) > 1:
+                bent[rows] = _bent(bent[rows], now, trial)
             went, stuck, least = rows[good], rows[~good], settled * now.value
             best[went] = trial[good]
-            damping[went] *= np.maximum(1 / 3, 1 - (2 * np.minimum(ratio[good], 1e3) - 1) ** 3)  # Nielsen's rule
+            # Nielsen's rule
+            damping[went] *= factors[lane[good], 0, 0] * np.maximum(
+                1 / 3, 1 - (2 * np.minimum(ratio[good], 1e3) - 1) ** 3
+            )
+            damping[went] = np.maximum(damping[went], 1e-10)
             growth[went] = 2.0
-            damping[stuck] *= growth[stuck]
+            damping[stuck] *= growth[stuck] * factors.max()
             growth[stuck] *= 2
             arrived = best.value[rows] <= self.floor
             arrived |= np.where(good, np.maximum(gain, expected) < least, expected < 1e-2 * least)
             going[rows[arrived | (damping[rows] > 1e10)]] = False
         return best
+
+
+def _bent(bent: np.ndarray, now: State, then: State) -> np.ndarray:
+    """What curved residuals add to the Hessian, from two gradients (Dennis, Gay and Welsch, 1981)."""
+    step = (then.alpha - now.alpha)[..., None]
+    after = then.jacobian.swapaxes(1, 2) @ then.residual[..., None]
+    rise = after - now.jacobian.swapaxes(1, 2) @ now.residual[..., None]
+    missed = after - now.jacobian.swapaxes(1, 2) @ then.residual[..., None] - bent @ step
+    along = (rise * step).sum(axis=(1, 2))[:, None, None]
+    sure = np.isfinite(then.value[:, None, None]) & (
+        along > 1e-8 * np.linalg.norm(rise, axis=1, keepdims=True) * np.linalg.norm(step, axis=1, keepdims=True)
+    )
+    along = np.where(sure, along, 1.0)
+    both = missed @ rise.swapaxes(1, 2)
+    update = (both + both.swapaxes(1, 2)) / along
+    update -= (missed * step).sum(axis=(1, 2))[:, None, None] / along**2 * (rise @ rise.swapaxes(1, 2))
+    return np.where(sure, bent + update, bent)

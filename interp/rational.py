@@ -123,29 +123,43 @@ class Rational(Separable):
             [sign * k * power for k, power in enumerate(powers[:-1], 1)],
         )
 
-    def parts(self, shape: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, ...]:
-        """D, D' (starts, points) and the derivatives of both by each number of the shape (.., numbers)."""
-        powers, n = _powers(z, shape.shape[1]), np.arange(1, shape.shape[1] + 1)
-        q = (powers[..., 1:] @ shape[..., None])[..., 0]
+    def parts(self, shape: np.ndarray, z: np.ndarray, powers: np.ndarray) -> tuple[np.ndarray, ...]:
+        """D, D' and D'' (starts, points), from powers of z and shapes in rows."""
+        q, slope, bend = _derivatives(powers, shape)
         sign = _sign(q)
-        by, slope_by = sign[..., None] * powers[..., 1:], sign[..., None] * n * powers[..., :-1]
-        return 1 + abs(q), (slope_by @ shape[..., None])[..., 0], by, slope_by
+        return 1 + abs(q), sign * slope, sign * bend
+
+    def by(self, shape: np.ndarray, z: np.ndarray, powers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The derivatives of D and D' by each number of the shape, (starts, points, numbers), likewise."""
+        n, sign = shape.shape[1], _sign(powers[..., 1 : shape.shape[1] + 1] @ shape[..., None])
+        return sign * powers[..., 1 : n + 1], sign * (np.arange(1, n + 1) * powers[..., :n])
 
     def columns(self, shape, z, linear):
-        d, slope, *_ = self.parts(shape, z)
-        values = _powers(z, linear - 1) / d[..., None]
-        slopes = -values * (slope / d)[..., None]
+        powers = _powers(z, linear - 1)
+        d, slope, _ = self.parts(shape, z, powers)
+        values = powers / d[..., None]
+        slopes = values * (-slope / d)[..., None]
         slopes[..., 1:] += np.arange(1, linear) * values[..., :-1]
         return values, slopes
 
-    def turns(self, numbers, shape, z):
-        d, slope, by, slope_by = self.parts(shape, z)
-        powers, n = _powers(z, numbers.shape[1] - 1), np.arange(1, numbers.shape[1])
-        value = (powers @ numbers[..., None])[..., 0] / d
-        steep = (powers[..., :-1] @ (n * numbers[:, 1:])[..., None])[..., 0] / d
-        outer = (value / d)[..., None]
-        inner = (2 * value * slope / d**2 - steep / d)[..., None]
-        return -outer * by, inner * by - outer * slope_by
+    def turns(self, numbers, shape, z, values, slopes):
+        powers = _powers(z, shape.shape[1])
+        d, steep, _ = self.parts(shape, z, powers)
+        by, slope_by = self.by(shape, z, powers)
+        value, slope = (values @ numbers[..., None])[..., 0], (slopes @ numbers[..., None])[..., 0]
+        outer, inner = (-value / d)[..., None], ((value * steep / d - slope) / d)[..., None]
+        slope_by *= outer
+        slope_by += inner * by
+        by *= outer
+        return by, slope_by
+
+    def bend(self, numbers, shape, z):
+        powers = _powers(z, numbers.shape[1] - 1)
+        d, steep, bend = self.parts(shape, z, powers)
+        p, p_slope, p_bend = _derivatives(powers, numbers[:, 1:])
+        value = (numbers[:, :1] + p) / d
+        slope = (p_slope - value * steep) / d
+        return (p_bend - 2 * slope * steep - value * bend) / d
 
     def evaluate(self, parameters: list[Array], z: Array) -> Array:
         p, q = self.split(parameters)
@@ -229,10 +243,13 @@ class Quotient(Rational):
         slope = sum((k * b * power for k, (b, power) in enumerate(zip(shape, powers, strict=False), 1)), z * 0)
         return d, slope, powers[1:], [k * power for k, power in enumerate(powers[:-1], 1)]
 
-    def parts(self, shape, z):
-        powers, n = _powers(z, shape.shape[1]), np.arange(1, shape.shape[1] + 1)
-        by, slope_by = powers[..., 1:], n * powers[..., :-1]
-        return 1 + (by @ shape[..., None])[..., 0], (slope_by @ shape[..., None])[..., 0], by, slope_by
+    def parts(self, shape, z, powers):
+        q, slope, bend = _derivatives(powers, shape)
+        return 1 + q, slope, bend
+
+    def by(self, shape, z, powers):
+        n = shape.shape[1]
+        return powers[..., 1 : n + 1].copy(), np.arange(1, n + 1) * powers[..., :n]
 
     def positive(self, shape, z):
         return 1 + z * _horner(shape, z)
@@ -288,11 +305,13 @@ class SumRational(Rational):
             [_sign(b) * k * side * power for k, (b, power) in enumerate(zip(shape, powers, strict=False), 1)],
         )
 
-    def parts(self, shape, z):
-        powers, n = _powers(abs(z), shape.shape[1]), np.arange(1, shape.shape[1] + 1)
-        sign = _sign(shape)[:, None]
-        by, slope_by = sign * powers[..., 1:], sign * n * (_sign(z)[..., None] * powers[..., :-1])
-        return 1 + (by @ shape[..., None])[..., 0], (slope_by @ shape[..., None])[..., 0], by, slope_by
+    def parts(self, shape, z, powers):
+        q, slope, bend = _derivatives(abs(powers), abs(shape))
+        return 1 + q, _sign(z) * slope, bend
+
+    def by(self, shape, z, powers):
+        n, powers, sign = shape.shape[1], abs(powers), _sign(shape)[:, None]
+        return sign * powers[..., 1 : n + 1], sign * np.arange(1, n + 1) * (_sign(z)[..., None] * powers[..., :n])
 
     def positive(self, shape, z):
         size = abs(z)
@@ -305,6 +324,15 @@ def _powers(z: np.ndarray, n: int) -> np.ndarray:
     for k in range(n):
         np.multiply(powers[..., k], z, out=powers[..., k + 1])
     return powers
+
+
+def _derivatives(powers: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The polynomial without constant with `numbers` in rows, and its first two derivatives, from powers of z."""
+    n = np.arange(1, numbers.shape[1] + 1)
+    rows = np.zeros((len(numbers), len(n) + 1, 3))
+    rows[:, 1:, 0], rows[:, :-1, 1], rows[:, :-2, 2] = numbers, n * numbers, (n * (n - 1) * numbers)[:, 1:]
+    value, slope, bend = np.moveaxis(powers[..., : len(n) + 1] @ rows, -1, 0)
+    return value, slope, bend
 
 
 def _horner(coefficients: list[Array], z: Array) -> Array:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 
 import numpy as np
 
 from .family import Separable
 from .problem import Problem, Side
-from .race import ROUNDING, Race, State
+from .race import LANES, ROUNDING, Race, State
 
 COARSE, FINE, DENSE = 64, 160, 640
 """Nodes in the core: in the race, for its winners, and to choose among these (rationals hide poles and kinks between
 nodes that are few)."""
 
-RADII = (1.5, 6.0)
+RADII = (1.7, 6.0)
 """Least and greatest distance of a joint from the centre of the target's curvature to start from, in its spread."""
 
 SHIFTS = (0.0, 0.4, 1.0, -0.4, -1.0)
@@ -30,7 +30,7 @@ RACE = ((24, 6), (6, 10))
 SETTLE = ((12, 10), (6, 10))
 """The same for those that come from a smoother family, together with those of the family itself."""
 
-HOPS, AFTER, PLACES, SIZES = 4, 3, 4, ((0.02, 0.1, 0.3), (0.05, 0.2, 0.5))
+HOPS, AFTER, PLACES, SIZES = 4, 2, 4, ((0.02, 0.1, 0.3), (0.05, 0.2, 0.5))
 """How often hops are made, and how often after a smoother family; from how many of the best; their relative sizes."""
 
 HOP = ((24, 10), (6, 16))
@@ -39,13 +39,13 @@ HOP = ((24, 10), (6, 16))
 LAST = (3, 60)
 """How many are improved on the fine nodes, by how many steps."""
 
-FEW = 48
-"""Nodes in the core for a family with one shape number."""
+FEW = (24, 2)
+"""Nodes in the core for a family with one shape number, and how many more with each degree."""
 
 SETTLED = 1e-3
 """The gain of a step, as a share of J, from which it goes on there."""
 
-ONE = ((7, 5), (2, 20))
+ONE = ((5, 2), (2, 5))
 """How many starts of a family with one shape number, no two with the same, are improved, by how many steps; again."""
 
 CHOSEN = 12
@@ -81,32 +81,33 @@ def search_shapes(p: Problem, sides: tuple[Side, Side]) -> Found:
     """Shape and joints of least J."""
     assert isinstance(p.family, Separable)
     smooth, fine = p.family.relaxed(), Race(p, p.family, sides, FINE)
-    race = Race(p, p.family, sides, FEW if _few(p) else COARSE)
+    race = Race(p, p.family, sides, FEW[0] + FEW[1] * p.degree if _few(p) else COARSE)
     begun = _begin(p, race)
     exact = np.flatnonzero(begun.value <= EXACT**2 * (p.w @ p.f**2))
     if len(exact):
-        return _found(fine, _best(fine.improve(_join(fine, [_best(begun, 1)]), EXACTLY), 1))
+        return _found(fine, _best(fine.improve(_again(fine, _best(begun, 1)), EXACTLY), 1))
     if _few(p):
         for kept, steps in ONE:
-            begun = race.improve(_best(begun, kept), steps, SETTLED)
+            begun = race.improve(_best(begun, kept), steps, SETTLED, LANES)
             race.rounding = max(ROUNDING, 1e-3 * float(begun.value.min()) ** 0.5)
-            begun = race.evaluate(begun.frame, begun.alpha)
         return _found(race, _best(begun, 1))
     found = _run(race, begun, RACE)
     if smooth is not None:
         other = Race(p, smooth, sides, COARSE)
         settled = _settle(race, _run(other, _begin(p, other), RACE), other)
-        found = _run(race, _join(race, [found, settled]), SETTLE)
+        found = _run(race, _join([found, settled]), SETTLE)
     for seed in range(HOPS if smooth is None else AFTER):
+        if found.value.min() <= race.floor:
+            break
         hops = _run(race, _hop(race, _best(found, PLACES), seed), HOP)
-        found = _join(race, [found, hops])
+        found = _join([found, hops])
     dense = Race(p, p.family, sides, DENSE)
     best = _best(found, CHOSEN)
     best = best[_valleys(dense.values(best.frame, best.alpha))[: LAST[0]]]
     # terms that cancel each other are worth a thousandth of the error, not the rounding of the copy
     fine.rounding = dense.rounding = max(ROUNDING, 1e-3 * float(best.value[0]) ** 0.5)
-    last = fine.improve(fine.evaluate(best.frame, best.alpha), LAST[1])
-    last = _best(_join(dense, [best, last]), LAST[0])
+    last = fine.improve(_again(fine, best), LAST[1])
+    last = _best(_join([_again(dense, best), _again(dense, last)]), LAST[0])
     if smooth is not None:  # without kinks so close to each other that they hide between nodes
         plain = _best(_settle(dense, last, dense), 1)
         if plain.value[0] < last.value[0] * (1 + PLAIN):
@@ -126,8 +127,10 @@ def _begin(p: Problem, race: Race) -> State:
     value = race.values(frame, alpha)
     rows = _valleys(value)
     _, first = np.unique(kind[rows], return_index=True)  # the best of each kind, whatever the joints
-    most = 0 if _few(p) else BEST
-    rows = rows[np.union1d(first, np.arange(min(most, len(rows))))]
+    if _few(p):
+        rows = rows[np.sort(first)[: ONE[0][0]]]
+    else:
+        rows = rows[np.union1d(first, np.arange(min(BEST, len(rows))))]
     return race.evaluate(frame[rows], alpha[rows])
 
 
@@ -137,8 +140,13 @@ def _run(race: Race, state: State, stages: tuple[tuple[int, int], ...]) -> State
     return state
 
 
-def _join(race: Race, states: list[State]) -> State:
-    return race.evaluate(*(np.concatenate([getattr(s, name) for s in states]) for name in ("frame", "alpha")))
+def _join(states: list[State]) -> State:
+    return State(*(np.concatenate([getattr(s, f.name) for s in states]) for f in fields(State)))
+
+
+def _again(race: Race, state: State) -> State:
+    """The same places on other nodes."""
+    return race.evaluate(state.frame, state.alpha)
 
 
 def _hop(race: Race, state: State, seed: int) -> State:
@@ -185,7 +193,7 @@ def _found(race: Race, state: State) -> Found:
             np.append(location, np.linspace(lo, hi, 9) if p.tails == "linear" else []).astype(np.float32).astype(float)
         )
         frames = np.stack([places, np.full_like(places, scale)], axis=1)
-        location = places[race.values(frames, np.tile(alpha, (len(places), 1))).argmin()]
+        location = places[race.solve(frames, np.tile(alpha, (len(places), 1))).value.argmin()]
     if family.centred:
         location = location + scale * alpha[race.shapes]
     location, scale = (float(np.float32(v)) for v in (location, scale))  # the module keeps them so
@@ -198,7 +206,7 @@ def _starts(p: Problem, race: Race) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     shifts = (SHIFTS[:3] if p.is_symmetric() else SHIFTS) if family.centred else (0.0,)
     ends = np.array(_joints(p, race.sides), dtype=float)
     x, w = race.nodes(ends)
-    f, half = np.interp(x, p.x, p.f), (ends[:, 1:] - ends[:, :1]) / 2
+    f, half = p.near(x)[0], (ends[:, 1:] - ends[:, :1]) / 2
     rest = np.concatenate([np.zeros((len(ends), int(family.centred))), ends[:, race.free]], axis=1)
     middle = (w * x).sum(axis=1) / w.sum(axis=1) if family.anywhere else ends.mean(axis=1)
     for shift in shifts:
@@ -226,8 +234,9 @@ def _joints(p: Problem, sides: tuple[Side, Side]) -> list[tuple[float, float]]:
         if not p.family.centred:  # one side may be worth more all the same; a shift of z finds that too
             pairs += zip(radii[:-2], radii[2:], strict=True)
         return [(p.domain.mean - left, p.domain.mean + right) for left, right in pairs]
-    ends = []
-    for side, sign in zip(sides, (-1, 1), strict=True):
-        radii = np.geomspace(*RADII, 3 if all(free) else 6)
-        ends.append(np.clip(centre + sign * spread * radii, *p.ends).tolist() if side.joint is None else [side.joint])
+    ends, count = [], 3 if all(free) else 8
+    for side, sign, end in zip(sides, (-1, 1), p.ends, strict=True):
+        most = min(RADII[1] if all(free) else 9.0, abs(end - centre) / spread)
+        radii = np.geomspace(min(RADII[0], most / 2), most, count)
+        ends.append((centre + sign * spread * radii).tolist() if side.joint is None else [side.joint])
     return list(product(*ends))

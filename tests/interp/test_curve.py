@@ -79,7 +79,7 @@ def test_equals_the_formula(family, tails):
     terms = sum((a * part).abs() for a, part in zip(numbers, by, strict=True))
     scale = torch.maximum(wanted.abs(), terms).clamp(min=1)
     assert ((act(x).double() - wanted).abs() / scale).max() < 2e-6
-    assert ((act(x.double()) - wanted).abs() / scale).max() < 3e-7, "the coefficients themselves are rounded"
+    assert ((act(x.double()) - wanted).abs() / scale).max() < 4e-7, "the coefficients themselves are rounded"
 
 
 @pytest.mark.parametrize("degree", [3, 4, 5, 8, 9, 10, 12, 16, 20, 24])
