@@ -19,6 +19,7 @@ from orthoact import Activation, OrthoactError
 from orthoact.convert.audit import probe_batch
 from orthoact.convert.checkpoint import save
 from orthoact.convert.standalone import TIMM, TRANSFORMERS, code
+from orthoact.interp import engine
 
 WITHOUT = """
 import json, sys, warnings
@@ -82,7 +83,8 @@ def saved(tmp_path_factory):
                     m.theta += 0.1 * torch.randn_like(m.theta)
         save(model, root / name, form="standalone")
         save_file({k: v.contiguous() for k, v in probe_batch(model, seed=0).items()}, root / f"{name}.in")
-        save_file({"out": tiny.outputs(model)}, root / f"{name}.out")
+        with engine.using("torch"):  # as who has no orthoact computes
+            save_file({"out": tiny.outputs(model)}, root / f"{name}.out")
     return root, made
 
 
@@ -145,7 +147,7 @@ print(json.dumps([kinds, acts, gradient, same, loud, bool(out.isnan().all())]))
     assert kinds == ["torch.float32"] and acts == 2 and all(gradient) and same and nan
     assert all("orthoact" in text and text != "LOADED" for text in loud), loud
     loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "again")  # and with orthoact, plainly
-    with torch.no_grad():
+    with torch.no_grad(), engine.using("torch"):
         out = loaded(input_ids=torch.arange(5, 17)[None]).logits
     assert torch.equal(out, load_file(f"{tmp_path / 'again'}.out")["out"])
 
