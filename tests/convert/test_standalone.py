@@ -168,7 +168,7 @@ def test_the_four_ways_of_loading_are_one(saved, tmp_path):
     """Plain, as an adapter, merged and standalone: the same logits to the last bit, those of the model in memory."""
     from peft import PeftModel
 
-    root, made = saved
+    _, made = saved
     found = {}
     for name, auto in FORMS.items():
         wanted, model = tiny.outputs(made[name]), made[name]
