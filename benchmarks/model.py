@@ -6,8 +6,8 @@
 The models have the sizes of `gpt2` and `vit_base_patch16_224` and random weights, which cost as much as trained ones.
 Both copies of each run in turn in one process, two threads, another order each round; medians over the rounds, as
 ratios to the original run in the same way, and the original a second time for the noise. `eager` is as one loads them;
-`compiled` is `torch.compile(model)`, by which the activations are inlined; `kernels` is the eager model with compiled
-activations (`ORTHOACT_PATH=compiled`). Peak memory is of a process of its own for each copy.
+`compiled` is `torch.compile(model)`, by which the activations are inlined. Peak memory is of a process of its own for
+each copy.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from activation import keep_memory, machine, spread
 from torch import nn
 
 import orthoact
-from orthoact.interp import engine
 
 HERE = Path(__file__).parent
 FILE = HERE / "model.json"
@@ -124,16 +123,14 @@ def measure(name: str, rounds: int, what: str) -> list[dict[str, Any]]:
     """The rows whose name begins with `what`."""
     models, inputs, found = copies(name), MODELS[name][1](), []
 
-    def compare(title: str, of: Callable, models: dict[str, nn.Module], path: str, **more: float) -> None:
+    def compare(title: str, of: Callable, models: dict[str, nn.Module], **more: float) -> None:
         if title.startswith(what):
-            with engine.using(path):
-                jobs = {k: lambda m=m: of(m, inputs) for k, m in models.items()}
-                found.append(row(title, timed(jobs, rounds), **more))
+            jobs = {k: lambda m=m: of(m, inputs) for k, m in models.items()}
+            found.append(row(title, timed(jobs, rounds), **more))
             print(json.dumps(found[-1]), flush=True)
 
     for title, of in JOBS[name].items():
-        compare(title, of, models, "eager")
-        compare(f"{title}, kernels", of, models, "compiled")
+        compare(title, of, models)
     if "training step, compiled".startswith(what) or "inference, compiled".startswith(what):
         compiled, seconds = {}, {}
         for key in ("original", "converted"):
@@ -143,14 +140,14 @@ def measure(name: str, rounds: int, what: str) -> list[dict[str, Any]]:
             seconds[key] = perf_counter() - start
         compiled["again"] = compiled["original"]
         more = {"compile_original": seconds["original"], "compile_converted": seconds["converted"]}
-        compare("training step, compiled", step, compiled, "eager", **more)
-        compare("inference, compiled", infer, compiled, "eager")
+        compare("training step, compiled", step, compiled, **more)
+        compare("inference, compiled", infer, compiled)
     return found
 
 
-def peak(name: str, which: str, path: str) -> float:
+def peak(name: str, which: str) -> float:
     """MB of a process that takes training steps."""
-    command = [sys.executable, __file__, "--peak", name, which, path]
+    command = [sys.executable, __file__, "--peak", name, which]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -183,16 +180,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dry", action="store_true", help="write nothing")
-    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_memory()
     if args.peak:
-        name, which, path = args.peak
+        name, which = args.peak
         model, inputs = copies(name)[which], MODELS[name][1]()
-        with engine.using(path):
-            for _ in range(3):
-                step(model, inputs)
+        for _ in range(3):
+            step(model, inputs)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
     stored = json.loads(FILE.read_text()) if FILE.exists() else {"models": {}}
@@ -200,9 +196,7 @@ def main() -> None:
     for name in args.model:
         kept = stored["models"].setdefault(name, {"times": [], "peak": {}})
         if not args.what:
-            kinds = {"original": ("original", "eager"), "converted": ("converted", "eager")}
-            kinds["converted, kernels"] = ("converted", "compiled")
-            kept["peak"] = {key: peak(name, *kind) for key, kind in kinds.items()}
+            kept["peak"] = {which: peak(name, which) for which in ("original", "converted")}
             print(name, kept["peak"], flush=True)
         new = {each["what"]: each for each in measure(name, args.rounds, args.what)}
         kept["times"] = [each for each in kept["times"] if each["what"] not in new] + list(new.values())

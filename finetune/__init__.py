@@ -5,7 +5,7 @@ every other one does, and beside it:
 
 - `orthoact.json`: as of a conversion (`base`, `sites`, `left`, `parameters`, `fits`), and `training`:
   `recipe` (all its keys), `what`, `trainable` (the number of trainable parameters) and `trainable_by` (by kind),
-  `path` (of the activations: `eager` or `compiled`), `processes`, `train` (examples),
+  `path` (of the activations: one of `engine.PATHS`), `processes`, `train` (examples),
   `step` (steps done), `loss` (of the last logged step), `zero_step`, `validation`,
   `best` and `test` (figures: `loss` and `perplexity`, or `loss`, `accuracy` and `f1`; `best` has its `step`),
   `seconds` (in the loop), `total_seconds`, `peak_memory` (bytes), `finished`. While a run is going on, `training` holds
