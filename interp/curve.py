@@ -40,13 +40,13 @@ class Curve(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x, theta, frame), source, (family, groups, channel), (grad,) = ctx.saved_tensors, ctx.source, ctx.how, grads
         by_x, by_theta = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled():  # gradients of the gradients are wanted
-            x, theta = (
-                x.view_as(x),
-                theta.view_as(theta),
-            )  # one may follow from the other: the ways are the outer pass's
+        # gradients of the gradients are wanted, or many at once
+        if torch.is_grad_enabled() or is_whole(grad) or not torch._C._has_storage(grad):
+            with torch.enable_grad():  # views: one may follow from the other, and the ways are the outer pass's
+                x, theta = x.view_as(x), theta.view_as(theta)
+                numbers = source.recorded(theta, frame.dtype) if source else theta
+                again = plain(x, numbers, frame, family, groups, channel)
             inputs = [x] * by_x + [theta] * by_theta
-            again = plain(x, source.recorded(theta, frame.dtype) if source else theta, frame, family, groups, channel)
             found = torch.autograd.grad(again, inputs, grad, create_graph=True)
             return found[0] if by_x else None, found[-1] if by_theta else None, *[None] * 5
         numbers = source.numbers(theta, frame.dtype) if source else theta

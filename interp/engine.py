@@ -97,4 +97,6 @@ def describe() -> str:
     path = get_path()
     if path == "torch":
         return path
-    return path if loops.available() else f"{path}; on a CPU by torch's operations, for llvmlite or OpenMP is not there"
+    if not loops.available():
+        return f"{path}; on a CPU by torch's operations, for llvmlite or OpenMP is not there"
+    return path

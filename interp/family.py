@@ -40,6 +40,14 @@ class Family(ABC):
     `Separable` and `Piecewise`, which say how the solver finds p.
     """
 
+    def __deepcopy__(self, memo: Any) -> Family:
+        return self
+
+    def __reduce__(self) -> Any:
+        from .families import FAMILIES, get_family
+
+        return (get_family, (self.name,)) if FAMILIES.get(self.name) is self else object.__reduce__(self)
+
     name: str
     """The key in `FAMILIES` and in every file."""
     formula: str

@@ -37,10 +37,9 @@ def standardised(x: Array, frame: Frame) -> tuple[Array, Array, Array]:
         inside = x.clamp(frame.lo, frame.hi)
         beyond = x - inside
         above = beyond.relu()
-        return torch.sub(above, beyond, out=beyond), above, inside.mul_(frame.unit).add_(frame.offset)
-    # by subtraction, which is exact between the joints, and needs no check for NaN
-    below, above = relu(frame.lo - x), relu(x - frame.hi)
-    return below, above, fma(x - above + below, frame.unit, frame.offset)
+        return beyond.neg_().relu_(), above, inside.mul_(frame.unit).add_(frame.offset)
+    inside = x.clip(frame.lo, frame.hi)
+    return relu(inside - x), relu(x - inside), fma(inside, frame.unit, frame.offset)
 
 
 def value(family: Family, x: Array, numbers: list[Array], frame: Frame) -> Array:

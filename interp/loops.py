@@ -1,4 +1,4 @@
-"""Activations as loops in machine code on a CPU: LLVM makes them in a tenth of a second, without a C++ compiler.
+"""Activations as loops in machine code on a CPU: LLVM makes most in a tenth of a second, without a C++ compiler.
 
 Nothing in between is written to memory, a call takes some microseconds, and the threads are torch's own. What is not
 done here (another device, a formula with an operation that `trace` does not know) is left to torch.
@@ -10,7 +10,7 @@ import ctypes
 import os
 from collections.abc import Callable, Hashable
 from functools import lru_cache
-from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +20,10 @@ from torch import Tensor
 from .family import Array, Family
 from .formula import Frame, derivatives, value
 from .layout import Layout
-from .machine import CHUNK, WIDTH, Code, Formula, compiled
+from .machine import CHUNK, OPENMP, TOLD, WIDTH, Code, Formula, compiled
 
-TYPES = torch.float32, torch.float64, torch.bfloat16
-"""The types of tensors that are taken."""
+TYPES = torch.float32, torch.float64
+"""The types that are computed in; bfloat16 is read and written beside float32."""
 
 SHARE = 2**15
 """Values that are worth a thread of their own."""
@@ -38,12 +38,19 @@ class Loop(NamedTuple):
 
 
 _loops: dict[Hashable, Loop | None] = {}
+_refused: list[str] = []
+"""Why machine code could not be made; what has none is computed by torch."""
 
 
 @lru_cache(maxsize=1)
 def available() -> bool:
     """Whether loops can be made here."""
-    return find_spec("llvmlite") is not None and _openmp() is not None
+    try:
+        import llvmlite.binding as llvm
+
+        return hasattr(llvm, "create_pass_builder") and _openmp() is not None
+    except Exception:  # not there, or not for this machine
+        return False
 
 
 def loop_values(family: Family, layout: Layout, flat: Tensor, spread: Tensor, frame: Tensor) -> Tensor | None:
@@ -52,9 +59,9 @@ def loop_values(family: Family, layout: Layout, flat: Tensor, spread: Tensor, fr
     def formula(x: Array, numbers: list[Array], frame: list[Array]) -> tuple[Array, list[Array]]:
         return value(family, x, numbers, Frame(*frame)), []
 
-    if flat.device.type != "cpu" or not flat.numel():
+    if not _within_reach(flat, spread, frame):
         return None
-    x = flat if flat.dtype in TYPES else flat.to(spread.dtype)
+    x = _readable(flat, spread)
     made = loop(formula, ("values", family), layout, x, spread)
     if made is None:
         return None
@@ -71,15 +78,27 @@ def loop_gradients(
     def formula(x: Array, numbers: list[Array], frame: list[Array]) -> tuple[Array, list[Array]]:
         return derivatives(family, x, numbers, Frame(*frame), by_numbers)
 
-    if flat.device.type != "cpu" or not flat.numel():
+    if not _within_reach(flat, steep, spread, frame):
         return None
-    x, grad = (flat, steep) if flat.dtype in TYPES else (flat.to(spread.dtype), steep.to(spread.dtype))
+    x, grad = _readable(flat, spread), _readable(steep, spread)
     made = loop(formula, ("gradients", family, by_numbers), layout, x, spread, steep=True)
-    if made is None:
+    if made is None or grad.dtype != x.dtype:
         return None
     out = torch.empty_like(x)
     sums = run(made, layout, [x, grad, out], spread, frame)
     return out.to(flat.dtype), sums
+
+
+def _within_reach(*tensors: Tensor) -> bool:
+    """Whether all have values that lie in the memory of the CPU."""
+    return tensors[0].numel() > 0 and all(t.device.type == "cpu" and not t._is_zerotensor() for t in tensors)
+
+
+def _readable(flat: Tensor, spread: Tensor) -> Tensor:
+    """The same with bytes that are its values, in a type that is taken."""
+    flat = flat.resolve_neg()
+    taken = flat.dtype == spread.dtype or (flat.dtype, spread.dtype) == (torch.bfloat16, torch.float32)
+    return flat if taken else flat.to(spread.dtype)
 
 
 def loop(
@@ -89,20 +108,21 @@ def loop(
 
     `key` stands for the formula. With `steep` its result and what it sums are multiplied by a gradient.
     """
-    how = steep, layout.kind == "channel", len(spread), flat.dtype, spread.dtype
-    if (key, how) not in _loops:
-        known = available() and flat.dtype in TYPES and spread.dtype in TYPES
-        _loops[key, how] = _made(formula, *how) if known else None
-    return _loops[key, how]
+    key = key, steep, layout.kind == "channel", len(spread), flat.dtype, spread.dtype
+    if key not in _loops:
+        _loops[key] = _made(formula, *key[1:]) if available() and spread.dtype in TYPES else None
+    return _loops[key]
 
 
 def _made(formula: Formula, *how: Any) -> Loop | None:
+    openmp = _openmp()
     try:
         code = Code(formula, *how)
-    except TypeError:  # an operation for which there is no instruction
+        addresses = {name: ctypes.cast(getattr(openmp, name), ctypes.c_void_p).value or 0 for name in OPENMP}
+        call, engine = compiled(code.source, addresses)
+    except Exception as error:  # an operation that has no instruction, an llvmlite of another time
+        _refused.append(f"{type(error).__name__}: {error}"[:200])
         return None
-    thread = ctypes.cast(_openmp().omp_get_thread_num, ctypes.c_void_p).value
-    call, engine = compiled(code.source, thread or 0)
     return Loop(call, code.parts, engine)
 
 
@@ -117,28 +137,32 @@ def run(made: Loop, layout: Layout, tensors: list[Tensor], spread: Tensor, frame
         unit, room, blocks = columns, made.parts * WIDTH, -(-columns // WIDTH)
         padded = F.pad(spread[..., 0], (0, blocks * WIDTH - columns))
         spread = padded.view(-1, blocks, WIDTH).transpose(0, 1).contiguous()
-    threads = max(1, min(torch.get_num_threads(), size // SHARE))
-    step = -(-size // threads // unit) * unit
-    # a tensor without values has no address
-    sums = torch.zeros(threads, made.parts, columns, dtype=torch.float64) if made.parts else frame
-    held = torch.empty(threads, room, dtype=spread.dtype) if room else frame
-    addresses = [tensor.data_ptr() for tensor in (*tensors, spread, frame, sums, held)]
-    told = (ctypes.c_int64 * 11)(size, step, inner, columns, *addresses)
-    if threads == 1:
+    parts = max(1, min(torch.get_num_threads(), size // SHARE))
+    step = -(-size // parts // unit) * unit
+    sums = torch.zeros(parts, made.parts, columns, dtype=torch.float64, device="cpu")
+    held = torch.empty(parts, room, dtype=spread.dtype, device="cpu")
+    x, grad, out = tensors
+    given = {"parts": parts, "step": step, "size": size, "inner": inner, "columns": columns}
+    named = {"x": x, "grad": grad, "out": out, "numbers": spread, "frame": frame, "sums": sums, "held": held}
+    given |= {name: tensor.data_ptr() for name, tensor in named.items()}
+    told = (ctypes.c_int64 * len(TOLD))(*(given[name] for name in TOLD))
+    if parts == 1:
         made.call(told)
     else:
-        _openmp().GOMP_parallel(made.call, told, threads, 0)
+        _openmp().GOMP_parallel(made.call, told, parts, 0)
     return sums.sum(0) if made.parts else None
 
 
 @lru_cache(maxsize=1)
 def _openmp() -> Any:
     """The OpenMP runtime of torch, whose threads do not wait for torch's own as those of others would have to."""
-    for name in ("libgomp.so.1", "libiomp5.so", "libomp.so", "libomp.dylib"):
+    own = sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*"))
+    for name in (*map(str, own), "libgomp.so.1", "libiomp5.so", "libomp.so", "libomp.dylib"):
         try:
             runtime = ctypes.CDLL(name, mode=os.RTLD_NOLOAD)
             runtime.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-            runtime.omp_get_thread_num.argtypes = []
+            for function in OPENMP:
+                getattr(runtime, function).argtypes = []
         except (OSError, AttributeError):
             continue
         return runtime

@@ -29,6 +29,22 @@ STREAMS = 4
 """Places that a loop goes through side by side, so that the memory is asked for more than one; and rows of channels,
 so that their numbers are read once for all."""
 
+LONG = 24
+"""Numbers of a formula from which it stands in a loop once: machine code of several takes seconds to make."""
+
+SIZES = "parts", "step", "size", "inner", "columns"
+"""How many parts of so many values there are, how many values in all, how many share their numbers, how many columns
+have their own."""
+
+TOLD = *SIZES, "x", "grad", "out", "numbers", "frame", "sums", "held"
+"""Sizes and addresses; `held` is room for the sums of a block of channels, for each part as `sums`."""
+
+OPENMP = "omp_get_thread_num", "omp_get_num_threads"
+"""What a thread asks: which it is, of how many; there may be fewer than were asked for."""
+
+ONE, SEVERAL = "one", "several"
+"""The functions over the values of a row, and of rows side by side."""
+
 Formula = Callable[[Any, list[Any], list[Any]], tuple[Any, list[Any]]]
 """From x, the numbers and lo, hi, unit and offset to a result, and what is summed up over all x."""
 
@@ -39,9 +55,7 @@ Instruction = Any
 class Code:
     """The functions of a loop, as `source`, and how many sums it makes.
 
-    The function `loop` takes the address of eleven whole numbers: how many values there are, how many of them a thread
-    takes, how many share their numbers, how many columns have their own; the addresses of x, gradient, result, numbers,
-    joints and unit, sums, and of room for the sums of a block of channels.
+    The function `loop` takes the address of whole numbers, `TOLD`. Each thread of its team takes every so many-th part.
     """
 
     def __init__(
@@ -54,21 +68,22 @@ class Code:
         types = {torch.float32: ir.FloatType(), torch.float64: ir.DoubleType(), torch.bfloat16: ir.IntType(16)}
         self.read, self.type, self.double = types[dtype], types[wide], ir.DoubleType()
         self.int, self.pointer = ir.IntType(64), ir.PointerType()
-        streams = 2 * STREAMS if channels and not steep else STREAMS
+        self.streams = 2 * STREAMS if channels and not steep else STREAMS
         one = self.row(1)
-        several = self.row(streams) if channels or not steep else None
-        (told,) = self.function("loop", [self.pointer]).args
-        b = self.b
-        size, step, self.inner, self.columns = (self.load(told, self.int(k), self.int) for k in range(4))
-        *self.tensors, self.own, self.frame, sums, room = (
-            self.load(told, self.int(k), self.pointer) for k in range(4, 11)
-        )
-        thread = ir.Function(self.module, ir.FunctionType(ir.IntType(32), []), "omp_get_thread_num")
-        index = b.sext(b.call(thread, []), self.int)
-        self.sums = self.place(sums, b.mul(index, b.mul(self.columns, self.int(self.parts))), self.double)
-        self.held = self.place(room, b.mul(index, self.int(self.parts * WIDTH)))
-        start = b.mul(index, step)
-        (self.over_channels if channels else self.over_rows)(start, self.least(b.add(start, step), size), one, several)
+        several = self.row(self.streams) if (channels or not steep) and count <= LONG else None
+        (address,) = self.function("loop", [self.pointer]).args
+        b, self.told = self.b, {}
+        for k, name in enumerate(TOLD):
+            self.told[name] = self.load(address, self.int(k), self.int if name in SIZES else self.pointer)
+        asked = [ir.Function(self.module, ir.FunctionType(ir.IntType(32), []), name) for name in OPENMP]
+        thread, team = (b.sext(b.call(function, []), self.int) for function in asked)
+        alone = b.icmp_signed("==", self.told["parts"], self.int(1))  # called as it is, by whatever thread
+        first, step = b.select(alone, self.int(0), thread), b.select(alone, self.int(1), team)
+        with self.steps(first, self.told["parts"]) as (part, advance):
+            start = b.mul(part, self.told["step"])
+            stop = self.least(b.add(start, self.told["step"]), self.told["size"])
+            (self.over_channels if channels else self.over_rows)(part, start, stop, one, several)
+            advance(b.add(part, step))
         b.ret_void()
         self.source = str(self.module)
 
@@ -80,49 +95,52 @@ class Code:
 
     # -- over all values of a thread ----------------------------------------------------------------------------------
 
-    def over_rows(self, start: Instruction, stop: Instruction, one: Any, several: Any) -> None:
+    def over_rows(self, part: Instruction, start: Instruction, stop: Instruction, one: Any, several: Any) -> None:
         """Over values of which those of a row, `inner` of them, share their numbers."""
-        b = self.b
+        b, columns, inner = self.b, self.told["columns"], self.told["inner"]
+        totals = self.place(self.told["sums"], b.mul(part, b.mul(columns, self.int(self.parts))), self.double)
         with self.steps(start, stop) as (at, advance):
-            row = b.sdiv(at, self.inner)
-            end = self.least(b.mul(b.add(row, self.int(1)), self.inner), stop)
-            column = b.srem(row, self.columns)
-            own, sums = self.place(self.own, column), self.place(self.sums, column, self.double)
+            row = b.sdiv(at, inner)
+            end = self.least(b.mul(b.add(row, self.int(1)), inner), stop)
+            column = b.srem(row, columns)
+            own, sums = self.place(self.told["numbers"], column), self.place(totals, column, self.double)
             if several:
-                part = b.sdiv(b.sub(end, at), self.int(streams_of(several)))
-                self.call(several, at, part, part, own, sums)
-                at = b.add(at, b.mul(part, self.int(streams_of(several))))
-            else:
+                stream = b.sdiv(b.sub(end, at), self.int(self.streams))
+                self.call(several, at, stream, stream, own, sums)
+                at = b.add(at, b.mul(stream, self.int(self.streams)))
+            elif self.steep:
                 end = self.least(end, b.add(at, self.int(CHUNK)))
             self.call(one, at, self.int(0), b.sub(end, at), own, sums)
             advance(end)
 
-    def over_channels(self, start: Instruction, stop: Instruction, one: Any, several: Any) -> None:
+    def over_channels(self, part: Instruction, start: Instruction, stop: Instruction, one: Any, several: Any) -> None:
         """Over rows of which each column has numbers of its own, those of `WIDTH` columns side by side."""
-        b, zero, unit = self.b, self.int(0), self.int(1)
-        first, last = b.sdiv(start, self.columns), b.sdiv(stop, self.columns)
-        with self.steps(zero, self.columns) as (left, next_left):
-            wide = self.least(self.int(WIDTH), b.sub(self.columns, left))
-            own = self.place(self.own, b.mul(left, self.int(self.count)))
+        b, zero, unit, columns = self.b, self.int(0), self.int(1), self.told["columns"]
+        totals = self.place(self.told["sums"], b.mul(part, b.mul(columns, self.int(self.parts))), self.double)
+        held = self.place(self.told["held"], b.mul(part, self.int(self.parts * WIDTH)))
+        first, last = b.sdiv(start, columns), b.sdiv(stop, columns)
+        with self.steps(zero, columns) as (left, next_left):
+            wide = self.least(self.int(WIDTH), b.sub(columns, left))
+            own = self.place(self.told["numbers"], b.mul(left, self.int(self.count)))
             with self.steps(first, last) as (top, next_top):
                 bottom = self.least(b.add(top, self.int(ROWS)), last)
                 for k in range(self.parts):
                     with self.steps(zero, wide) as (i, advance):
-                        b.store(self.type(0.0), self.place(self.held, b.add(i, self.int(k * WIDTH))))
+                        b.store(self.type(0.0), self.place(held, b.add(i, self.int(k * WIDTH))))
                         advance(b.add(i, unit))
                 with self.steps(top, bottom) as (row, advance):
-                    at, after = b.add(b.mul(row, self.columns), left), b.add(row, self.int(streams_of(several)))
-                    together = b.icmp_signed("<=", after, bottom)
+                    at, after = b.add(b.mul(row, columns), left), b.add(row, self.int(self.streams))
+                    together = b.icmp_signed("<=", after, bottom) if several else self.ir.IntType(1)(0)
                     with b.if_else(together) as (yes, no):
                         with yes:
-                            self.call(several, at, self.columns, wide, own, self.held)
+                            self.call(several or one, at, columns, wide, own, held)
                         with no:
-                            self.call(one, at, self.columns, wide, own, self.held)
+                            self.call(one, at, columns, wide, own, held)
                     advance(b.select(together, after, b.add(row, unit)))
                 for k in range(self.parts):
                     with self.steps(zero, wide) as (i, advance):
-                        place = b.add(b.add(left, i), b.mul(self.columns, self.int(k)))
-                        self.add(self.sums, place, self.load(self.held, b.add(i, self.int(k * WIDTH))))
+                        place = b.add(b.add(left, i), b.mul(columns, self.int(k)))
+                        self.add(totals, place, self.load(held, b.add(i, self.int(k * WIDTH))))
                         advance(b.add(i, unit))
                 next_top(bottom)
             next_left(b.add(left, wide))
@@ -130,15 +148,17 @@ class Code:
     def call(
         self, row: Any, at: Instruction, step: Instruction, size: Instruction, numbers: Instruction, sums: Instruction
     ) -> None:
-        places = [self.b.add(at, self.b.mul(step, self.int(k))) for k in range(streams_of(row))]
-        tensors = [self.place(tensor, place, self.read) for place in places for tensor in self.tensors]
-        self.b.call(row, [*tensors, numbers, self.frame, sums, self.columns, size])
+        """Call a function over the values of as many rows side by side as it takes, each a step after the other."""
+        streams = self.streams if row.name == SEVERAL else 1
+        places = [self.b.add(at, self.b.mul(step, self.int(k))) for k in range(streams)]
+        tensors = [self.place(self.told[name], place, self.read) for place in places for name in ("x", "grad", "out")]
+        self.b.call(row, [*tensors, numbers, self.told["frame"], sums, self.told["columns"], size])
 
     # -- over the values of a row --------------------------------------------------------------------------------------
 
     def row(self, streams: int) -> Any:
         """Over so many rows side by side: x, gradient and result of each; numbers, joints, sums, their stride, size."""
-        made = self.function(f"row{streams}", [self.pointer] * (3 * streams + 3) + [self.int] * 2)
+        made = self.function(ONE if streams == 1 else SEVERAL, [self.pointer] * (3 * streams + 3) + [self.int] * 2)
         made.linkage = "internal"
         # left to itself LLVM takes half as many values at once on some processors; its own list has no such words
         set.update(made.attributes, ["noinline", '"prefer-vector-width"="512"'])
@@ -240,31 +260,24 @@ class Code:
         return b.select(b.fcmp_unordered("uno", value, value), half(0x7FC0), near)
 
 
-def streams_of(row: Any) -> int:
-    """Over how many rows side by side a function goes."""
-    return (len(row.args) - 5) // 3
-
-
 @lru_cache(maxsize=1)
-def _processor(thread: int) -> tuple[Any, str, str]:
+def _processor() -> tuple[Any, str, str]:
     """What LLVM makes code for: the processor that it runs on, its name and features."""
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    llvm.add_symbol("omp_get_thread_num", thread)
     features = llvm.get_host_cpu_features().flatten()
     return llvm.Target.from_default_triple(), llvm.get_host_cpu_name(), features
 
 
-def compiled(source: str, thread: int) -> tuple[Callable[[Any], None], Any]:
-    """The function `loop` of a source, and what its machine code lives in.
-
-    `thread` is the address of `omp_get_thread_num`.
-    """
+def compiled(source: str, openmp: dict[str, int]) -> tuple[Callable[[Any], None], Any]:
+    """The function `loop` of a source, and what its machine code lives in; `openmp` are the addresses of `OPENMP`."""
     import llvmlite.binding as llvm
 
-    target, name, features = _processor(thread)
+    target, name, features = _processor()
+    for function, address in openmp.items():
+        llvm.add_symbol(function, address)
     machine = target.create_target_machine(name, features, opt=3)  # the engine's own: it goes with it
     module = llvm.parse_assembly(source)
     module.triple, module.data_layout = machine.triple, str(machine.target_data)

@@ -86,10 +86,13 @@ class _Traced(np.lib.mixins.NDArrayOperatorsMixin):
     def __init__(self, trace: Trace, value: Any):
         self.trace, self.value = trace, value
 
+    def __bool__(self) -> bool:
+        raise TypeError("what is true is only known when the code runs")
+
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **how: Any) -> Any:
         if method != "__call__" or how:
             return NotImplemented
-        if ufunc is np.power and inputs[1] == 2:
+        if ufunc is np.power and isinstance(inputs[1], int | float) and inputs[1] == 2:
             return inputs[0] * inputs[0]
         if ufunc in OPERATIONS:
             return self.trace.number(OPERATIONS[ufunc], *inputs)

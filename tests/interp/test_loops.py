@@ -1,7 +1,12 @@
 """The machine code of a CPU: what torch's operations compute, for values and shapes of every kind, on any threads."""
 
+import copy
 import math
 import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
 import threading
 from functools import cache
 
@@ -9,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from orthoact.interp import FAMILIES, Activation, engine, fit, loops, machine
+from orthoact.interp import FAMILIES, Activation, curve, engine, fit, loops, machine
 from orthoact.interp.layout import Layout
 
 NAMES = list(FAMILIES)
@@ -152,18 +157,102 @@ def test_sums_of_many_values_are_in_float64():
     torch.testing.assert_close(by_theta / len(x), one, rtol=0, atol=1e-4 * float(one.abs().max()))
 
 
-def test_an_operation_without_an_instruction_is_left_to_torch(made):
+@pytest.mark.parametrize(
+    "limit", [{"OMP_THREAD_LIMIT": "1"}, {"OMP_THREAD_LIMIT": "2"}, {"OMP_DYNAMIC": "true"}], ids=str
+)
+def test_fewer_threads_than_asked_for_compute_all(limit):
+    code = """
+import torch
+from orthoact.interp import Activation, engine, fit
+torch.set_num_threads(4)
+act, x = Activation.from_fit(fit("gelu")), torch.randn(400_000, requires_grad=True)
+found = torch.autograd.grad(act(x).sum(), [x, act.theta])
+with engine.using("torch"):
+    wanted = torch.autograd.grad(act(x).sum(), [x, act.theta])
+    assert torch.allclose(act(x), torch.nn.functional.gelu(x), atol=0.01)
+assert torch.allclose(act(x), torch.nn.functional.gelu(x), atol=0.01)
+assert torch.allclose(found[0], wanted[0], atol=1e-5) and torch.allclose(found[1], wanted[1], rtol=1e-3, atol=1.0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | limit)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("target", ["sigmoid", "tanh", "gelu", "relu6"])
+def test_far_values_do_not_leave_the_core(target):
+    """Where neighbours in float32 are further apart than the joints; on every path."""
+    act = Activation.from_fit(fit(target, degree=8))
+    x = torch.tensor([-1e30, -1e9, -3e7, 3e7, 1e8, 1e30])
+    wanted = act(torch.cat([x.clamp(min=-30, max=30)])).detach()
+    bounded = torch.tensor([True] * 3 + [target != "gelu"] * 3)
+    with engine.using("torch"):
+        by_torch = act(x)
+    for found in (act(x), by_torch, curve.plain(x, *act.numbers(torch.float32), act.family, None, -1)):
+        error = (found - wanted).abs() / x.abs().clamp(min=1)
+        assert error[bounded].max() < 1e-6, (target, found)
+        assert ((found - x).abs() / x.abs())[~bounded].sum() < 1e-5
+
+
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+def test_values_that_are_not_their_bytes(options):
+    act, shape = activation(**options), (7, 6, 450)
+    x, weights = torch.randn(shape), torch.randn(shape)
+    wanted = derivatives(act, -x, -weights)
+    found = derivatives(act, torch._neg_view(x), torch._neg_view(weights))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    x.requires_grad_()
+    (nothing,) = torch.autograd.grad(act(x), x, torch._efficientzerotensor(shape))
+    assert not nothing.any()
+
+
+def test_copies_share_the_loops(made):
+    act, x = activation(), torch.randn(500)
+    wanted = act(x)
+    for other in (copy.deepcopy(act), pickle.loads(pickle.dumps(act))):
+        assert torch.equal(other(x), wanted) and other.family is act.family
+    assert len(made) == 1
+
+
+def test_many_gradients_at_once():
+    act, x = activation(), torch.randn(6, requires_grad=True)
+    wanted = torch.diag(torch.autograd.grad(act(x).sum(), x)[0])
+    (found,) = torch.autograd.grad(act(x), x, torch.eye(6), is_grads_batched=True)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("broken", ["raise OSError('no such library')", "pass"], ids=["missing", "old"])
+def test_an_llvmlite_that_does_not_work_is_as_none(tmp_path, broken):
+    (tmp_path / "llvmlite" / "binding").mkdir(parents=True)
+    (tmp_path / "llvmlite" / "__init__.py").write_text("")
+    (tmp_path / "llvmlite" / "binding" / "__init__.py").write_text(broken)
+    code = "import torch, orthoact; print(orthoact.Activation.from_fit(orthoact.fit('gelu'))(torch.ones(5)).tolist())"
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and not done.stderr and "0.84" in done.stdout, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        lambda z: torch.erf(z) if torch.is_tensor(z) else np.arctan(z),
+        lambda z: 2.0**z,
+        lambda z: z + z.dtype.itemsize,
+        lambda z: z if (z > 0).all() else -z,
+        lambda z: (z > 0) * z if torch.is_tensor(z) else (z if z > 0 else -z),
+    ],
+    ids=["unknown", "power", "attribute", "method", "branch"],
+)
+def test_what_has_no_instruction_is_left_to_torch(made, value):
     class Odd(type(FAMILIES["hermite"])):
         name = "odd"
 
         def value(self, numbers, z):
-            return torch.erf(z) if torch.is_tensor(z) else np.arctan(z)
+            return value(z)
 
     act, x = activation(), torch.randn(5000)
     act.family = Odd()
     with torch.no_grad():
         act.tails = "none"
-        torch.testing.assert_close(act(x), torch.erf((x - act.location) / act.scale))
+        torch.testing.assert_close(act(x), value((x - act.location) / act.scale).float())
     assert list(made.values()) == [None]
 
 
