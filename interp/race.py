@@ -110,7 +110,7 @@ class Race:
     """J as a sum of squares over the nodes of a family's core, for many shapes and joints at once."""
 
     def __init__(self, p: Problem, family: Separable, sides: tuple[Side, Side], nodes: int, rounding: float = ROUNDING):
-        self.p, self.family, self.sides, self.rounding = p, family, sides, rounding
+        self.p, self.family, self.sides, self.rounding, self.equality = p, family, sides, rounding, EQUALITY
         self.shapes = family.shape(p.degree)
         self.linear = family.size(p.degree) - self.shapes
         self.inner = self.shapes + family.centred
@@ -149,7 +149,7 @@ class Race:
         """Everything at these shapes and joints; where they are astray J is infinite."""
         s = self.solve(frame, alpha)
         jacobian = self.jacobian(alpha, frame[:, 1:], s)
-        residual = np.concatenate([-s.forces / EQUALITY, s.inside], axis=1)
+        residual = np.concatenate([-s.forces / self.equality, s.inside], axis=1)
         for k, i in enumerate(self.free, self.inner):
             if self.sides[i].line is None:  # a tangent of the target turns as the joint moves
                 root = np.sqrt(s.at.tails[:, i, None] + 1e-30)
@@ -176,7 +176,7 @@ class Race:
         _, small, forces = self.bordered(gram, equal, right[..., None], asked[..., None])
         inside = ((gram @ small)[..., 0] - 2 * right) * small[..., 0]
         value = np.maximum((s.w * (f**2 + lam * d**2)).sum(axis=1) + inside.sum(axis=1), 0)
-        value += self.rounding**2 * (small**2).sum(axis=(1, 2)) + (forces**2).sum(axis=(1, 2)) / EQUALITY**2
+        value += self.rounding**2 * (small**2).sum(axis=(1, 2)) + (forces**2).sum(axis=(1, 2)) / self.equality**2
         value += self.outside(s, slopes / scale[..., None], small / share[..., None]).sum(axis=1)
         return np.where(astray | ~np.isfinite(value), np.inf, value)
 
@@ -197,7 +197,7 @@ class Race:
         matrix = np.zeros((len(gram), total, total))
         matrix[:, :linear, :linear] = gram + self.rounding**2 * np.eye(linear)
         matrix[:, :linear, linear:], matrix[:, linear:, :linear] = equal.swapaxes(1, 2), equal
-        matrix[:, linear:, linear:] = -np.eye(total - linear) / EQUALITY**2
+        matrix[:, linear:, linear:] = -np.eye(total - linear) / self.equality**2
         found = np.linalg.solve(matrix, np.concatenate([right, asked], axis=1))
         return matrix, found[:, :linear], found[:, linear:]
 
@@ -248,7 +248,7 @@ class Race:
         matrix, small, forces = self.bordered(turned @ system, equal, turned @ y, asked)
         inside = np.concatenate([y - system @ small, -self.rounding * small], axis=1)[..., 0]
         numbers = small / share[..., None]
-        value = (inside**2).sum(axis=1) + (forces**2).sum(axis=(1, 2)) / EQUALITY**2
+        value = (inside**2).sum(axis=1) + (forces**2).sum(axis=(1, 2)) / self.equality**2
         value += self.outside(s, slopes[:, :2] / scale[..., None], numbers).sum(axis=1)
         value = np.where(astray, np.inf, value)
         return Solved(s, values, slopes, root, share, system, matrix, numbers, forces[..., 0], inside, value)
@@ -283,7 +283,9 @@ class Race:
         right = s.system.swapaxes(1, 2) @ moved - turned / s.share[..., None]
         found = np.linalg.solve(s.matrix, np.concatenate([right, asked], axis=1))
         small = found[:, :linear]
-        return np.concatenate([found[:, linear:] / EQUALITY, s.system @ small - moved, self.rounding * small], axis=1)
+        return np.concatenate(
+            [found[:, linear:] / self.equality, s.system @ small - moved, self.rounding * small], axis=1
+        )
 
     def improve(self, state: State, steps: int, settled: float = 1e-4, lanes: Lanes = GAUSS) -> State:
         """So many of Levenberg and Marquardt's steps by every start, or until one gains less than `settled` of J.
@@ -310,7 +312,7 @@ class Race:
             a, b = gram / square, (turned @ now.residual[..., None]) / unit[..., None]
             model = a[:, None] + second * (bent[rows] / square)[:, None]
             model = model + factors * damping[rows, None, None, None] * np.eye(n)
-            step = -np.linalg.solve(model, b[:, None])
+            step = -_solved(model, b[:, None])
             there = now.alpha[:, None] + step[..., 0] / unit[:, None]
             there[..., self.inner :] = there[..., self.inner :].clip(*self.p.ends)
             trials = self.evaluate(np.repeat(now.frame, len(factors), axis=0), there.reshape(-1, n))
@@ -337,6 +339,14 @@ class Race:
             arrived |= np.where(good, np.maximum(gain, expected) < least, expected < 1e-2 * least)
             going[rows[arrived | (damping[rows] > 1e10)]] = False
         return best
+
+
+def _solved(model: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The steps; where one of the models has no inverse, the shortest."""
+    try:
+        return np.linalg.solve(model, b)
+    except np.linalg.LinAlgError:
+        return np.linalg.pinv(np.nan_to_num(model), hermitian=True) @ b
 
 
 def _bent(bent: np.ndarray, now: State, then: State) -> np.ndarray:

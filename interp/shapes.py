@@ -57,6 +57,13 @@ EXACTLY = 10
 PLAIN = 0.01
 """What a winner may lose, as a share of J, by being a member of the smoother family."""
 
+STERN = (1e2, 1e3, 1e5)
+"""Weights of the equalities there, one after the other."""
+
+OVER = (24, 100)
+"""Starts that are kept, and their steps, where there are more equalities than linear numbers: shape and joints must
+help to meet them, along narrow valleys."""
+
 SAME = 1e-3
 """Starts whose J differ by less than this share are taken for the same valley."""
 
@@ -86,6 +93,11 @@ def search_shapes(p: Problem, sides: tuple[Side, Side]) -> Found:
     exact = np.flatnonzero(begun.value <= EXACT**2 * (p.w @ p.f**2))
     if len(exact):
         return _found(fine, _best(fine.improve(_again(fine, _best(begun, 1)), EXACTLY), 1))
+    if _over(race):
+        found = _best(begun, OVER[0])
+        for fine.equality in STERN:
+            found = fine.improve(_again(fine, found), OVER[1], 1e-12, LANES)
+        return _found(fine, _best(found, 1))
     if _few(p):
         for kept, steps in ONE:
             begun = race.improve(_best(begun, kept), steps, SETTLED, LANES)
@@ -121,13 +133,18 @@ def _few(p: Problem) -> bool:
     return p.family.shape(p.degree) == 1 and not p.family.centred
 
 
+def _over(race: Race) -> bool:
+    """Whether there are more equalities than linear numbers."""
+    return not race.bare and sum(side.equalities for side in race.sides) > race.linear
+
+
 def _begin(p: Problem, race: Race) -> State:
     """The best of the starts."""
     frame, alpha, kind = _starts(p, race)
     value = race.values(frame, alpha)
     rows = _valleys(value)
     _, first = np.unique(kind[rows], return_index=True)  # the best of each kind, whatever the joints
-    if _few(p):
+    if _few(p) and not _over(race):
         rows = rows[np.sort(first)[: ONE[0][0]]]
     else:
         rows = rows[np.union1d(first, np.arange(min(BEST, len(rows))))]

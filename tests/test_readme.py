@@ -98,7 +98,7 @@ def test_the_two_commands_exist(target):
 
 def test_the_time_of_an_activation_is_the_measured_one():
     tables = json.loads((ROOT / "benchmarks" / "activation.json").read_text())["tables"].values()
-    rows = [row for table in tables for row in table if row["name"] == "hermite 8" and row["path"] == "compiled"]
+    rows = [row for table in tables for row in table if row["name"] == "hermite 8" and row["path"] == "eager"]
     row = next(row for row in rows if row["dtype"] == "float32")
     assert "Hermite activation of degree 8 takes the time of torch's own GELU" in README
     assert max(row["forward"], row["both"]) <= 1.05
