@@ -57,12 +57,9 @@ EXACTLY = 10
 PLAIN = 0.01
 """What a winner may lose, as a share of J, by being a member of the smoother family."""
 
-STERN = (1e2, 1e3, 1e5)
-"""Weights of the equalities there, one after the other."""
-
-OVER = (24, 100)
-"""Starts that are kept, and their steps, where there are more equalities than linear numbers: shape and joints must
-help to meet them, along narrow valleys."""
+OVER = ((1e2, 24, 40), (1e3, 8, 40), (1e5, 4, 60))
+"""Where there are more equalities than linear numbers, so that shape and joints must help to meet them: weights of the
+equalities, starts that are kept, and their steps, one after the other."""
 
 SAME = 1e-3
 """Starts whose J differ by less than this share are taken for the same valley."""
@@ -94,9 +91,10 @@ def search_shapes(p: Problem, sides: tuple[Side, Side]) -> Found:
     if len(exact):
         return _found(fine, _best(fine.improve(_again(fine, _best(begun, 1)), EXACTLY), 1))
     if _over(race):
-        found = _best(begun, OVER[0])
-        for fine.equality in STERN:
-            found = fine.improve(_again(fine, found), OVER[1], 1e-12, LANES)
+        for race.equality, kept, steps in OVER:
+            begun = race.improve(_again(race, _best(begun, kept)), steps, 1e-12, LANES)
+        fine.equality = race.equality
+        found = fine.improve(_again(fine, _best(begun, 1)), steps, 1e-12, LANES)
         return _found(fine, _best(found, 1))
     if _few(p):
         for kept, steps in ONE:
