@@ -38,7 +38,8 @@ def standardised(x: Array, frame: Frame) -> tuple[Array, Array, Array]:
         beyond = x - inside
         above = beyond.relu()
         return beyond.neg_().relu_(), above, inside.mul_(frame.unit).add_(frame.offset)
-    inside = x.clip(frame.lo, frame.hi)
+    # of `clip` torch takes half of the derivative at a joint
+    inside = where(x < frame.lo, frame.lo, where(x > frame.hi, frame.hi, x))
     return relu(inside - x), relu(x - inside), fma(inside, frame.unit, frame.offset)
 
 

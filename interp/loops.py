@@ -139,13 +139,12 @@ def run(made: Loop, layout: Layout, tensors: list[Tensor], spread: Tensor, frame
         spread = padded.view(-1, blocks, WIDTH).transpose(0, 1).contiguous()
     parts = max(1, min(torch.get_num_threads(), size // SHARE))
     step = -(-size // parts // unit) * unit
-    sums = torch.zeros(parts, made.parts, columns, dtype=torch.float64, device="cpu")
-    held = torch.empty(parts, room, dtype=spread.dtype, device="cpu")
-    x, grad, out = tensors
-    given = {"parts": parts, "step": step, "size": size, "inner": inner, "columns": columns}
-    named = {"x": x, "grad": grad, "out": out, "numbers": spread, "frame": frame, "sums": sums, "held": held}
-    given |= {name: tensor.data_ptr() for name, tensor in named.items()}
-    told = (ctypes.c_int64 * len(TOLD))(*(given[name] for name in TOLD))
+    # without sums nothing is read or written there
+    sums = torch.zeros(parts, made.parts, columns, dtype=torch.float64, device="cpu") if made.parts else frame
+    held = torch.empty(parts, room, dtype=spread.dtype, device="cpu") if room else frame
+    sizes = {"parts": parts, "step": step, "size": size, "inner": inner, "columns": columns}
+    given = dict(zip(("x", "grad", "out"), tensors, strict=True), numbers=spread, frame=frame, sums=sums, held=held)
+    told = (ctypes.c_int64 * len(TOLD))(*(sizes[k] if k in sizes else given[k].data_ptr() for k in TOLD))
     if parts == 1:
         made.call(told)
     else:

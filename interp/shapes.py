@@ -93,7 +93,7 @@ def search_shapes(p: Problem, sides: tuple[Side, Side]) -> Found:
     if _over(race):
         for race.equality, kept, steps in OVER:
             begun = race.improve(_again(race, _best(begun, kept)), steps, 1e-12, LANES)
-        fine.equality = race.equality
+        fine.equality, _, steps = OVER[-1]
         found = fine.improve(_again(fine, _best(begun, 1)), steps, 1e-12, LANES)
         return _found(fine, _best(found, 1))
     if _few(p):
