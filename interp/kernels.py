@@ -141,7 +141,8 @@ def _compiled(function: Callable, given: list[Tensor]) -> Callable[..., Sequence
             warnings.simplefilter("ignore")
             kernel = torch.compile(own, fullgraph=True, dynamic=False, backend=backend)
             kernel(*given)
-        return kernel
+        # what a tensor's gradient is to be is no part of what a kernel is made for
+        return lambda *tensors: kernel(*(tensor.detach() for tensor in tensors))
     except Exception as error:  # no compiler, a read-only cache, a torch without it: torch's operations always work
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
