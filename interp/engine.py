@@ -1,10 +1,10 @@
 """How activations are computed: at once, or by kernels that torch's compiler makes when each is first needed.
 
 `eager` is the default: on a CPU loops in machine code (`loops`), elsewhere torch's operations (`blocks`). `compiled` is
-`kernels` on a GPU, which take some seconds to make; on a CPU the same as `eager`. `torch` is torch's operations alone.
-The environment variable `ORTHOACT_PATH`, `set_path` and `using` choose; where nobody has, fine-tuning and evaluation
-ask `suited` whether their work is long enough. Under `torch.compile(model)` and `torch.export` this has no part: the
-formulas become part of the user's graph.
+`kernels`, which take some seconds to make; where there are loops, on a CPU, the same as `eager`. `torch` is torch's
+operations alone. The environment variable `ORTHOACT_PATH`, `set_path` and `using` choose; where nobody has, fine-tuning
+and evaluation ask `suited` whether their work is long enough. Under `torch.compile(model)` and `torch.export` this has
+no part: the formulas become part of the user's graph.
 """
 
 from __future__ import annotations
@@ -99,4 +99,4 @@ def describe() -> str:
         return path
     if not loops.available():
         return f"{path}; on a CPU by torch's operations, for llvmlite or OpenMP is not there"
-    return path
+    return path + (f"; a formula by torch's operations: {loops.refused()}" if loops.refused() else "")

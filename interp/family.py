@@ -21,7 +21,7 @@ TAILS = ("linear", "none")
 def fma(a: Array, b: Array, c: Array, over: Array = None) -> Array:
     """The sum a b + c, for tensors in one operation.
 
-    `over` is the one of them that is not needed any more: its place is taken where it is the eager path's own, which
+    `over` is the one of them that is not needed any more: its place is taken where it is one of `blocks`, which
     makes its tensors in inference mode.
     """
     if not (torch.is_tensor(c) and torch.is_tensor(a) and torch.is_tensor(b)):

@@ -15,7 +15,7 @@ from .family import Array, Family, fma
 
 
 class Frame(NamedTuple):
-    """Joints and standardised variable z = unit x + offset: tensors, or plain numbers on the eager path of a CPU."""
+    """Joints and standardised variable z = unit x + offset: tensors, or plain numbers for `blocks` on a CPU."""
 
     lo: Any
     hi: Any

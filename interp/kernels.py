@@ -146,7 +146,7 @@ def _compiled(function: Callable, given: list[Tensor]) -> Callable[..., Sequence
     except Exception as error:  # no compiler, a read-only cache, a torch without it: torch's operations always work
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
-        warnings.warn(f"torch.compile failed, so activations are computed eagerly: {reason}", stacklevel=2)
+        warnings.warn(f"torch.compile failed, so torch's operations compute activations: {reason}", stacklevel=2)
         engine.give_up(reason)
         return None
 

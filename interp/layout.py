@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 2**16
-"""Values of a block of the eager path, for each thread: some blocks fit the cache of a core."""
+"""Values of a block of torch's operations, for each thread: some blocks fit the cache of a core."""
 
 ROW = 4096
 """Values of a row that the kernels sum in one go, where all share their numbers."""
@@ -80,7 +80,7 @@ class Layout:
         return flat.view(len(flat) // max(count * inner, 1), count, inner)
 
     def whole(self, size: int, unit: int) -> int:
-        """How many of `size` values a kernel takes, whole tiles or `unit`s without groups; the eager path the rest."""
+        """How many of `size` values a kernel takes, whole tiles or `unit`s without groups; torch's operations the rest."""
         tile = {"one": unit, "channel": ROWS * self.channels, "group": 1}[self.kind]
         return size - size % tile
 

@@ -1,4 +1,4 @@
-"""Activations as loops in machine code on a CPU: LLVM makes most in a tenth of a second, without a C++ compiler.
+"""Activations as loops in machine code on a CPU: LLVM makes them when they are first needed, no C++ compiler.
 
 Nothing in between is written to memory, a call takes some microseconds, and the threads are torch's own. What is not
 done here (another device, a formula with an operation that `trace` does not know) is left to torch.
@@ -49,8 +49,13 @@ def available() -> bool:
         import llvmlite.binding as llvm
 
         return hasattr(llvm, "create_pass_builder") and _openmp() is not None
-    except Exception:  # not there, or not for this machine
+    except (ImportError, OSError, RuntimeError, AttributeError):  # not there, or not for this machine
         return False
+
+
+def refused() -> str:
+    """Why the last formula that has no loop has none; empty while all have one."""
+    return _refused[-1] if _refused else ""
 
 
 def loop_values(family: Family, layout: Layout, flat: Tensor, spread: Tensor, frame: Tensor) -> Tensor | None:

@@ -52,6 +52,7 @@ def equal(got, wanted, exact):
 def made(monkeypatch):
     """The loops that are made."""
     monkeypatch.setattr(loops, "_loops", {})
+    monkeypatch.setattr(loops, "_refused", [])
     return loops._loops
 
 
@@ -181,15 +182,14 @@ assert torch.allclose(found[0], wanted[0], atol=1e-5) and torch.allclose(found[1
 def test_far_values_do_not_leave_the_core(target):
     """Where neighbours in float32 are further apart than the joints; on every path."""
     act = Activation.from_fit(fit(target, degree=8))
-    x = torch.tensor([-1e30, -1e9, -3e7, 3e7, 1e8, 1e30])
-    wanted = act(torch.cat([x.clamp(min=-30, max=30)])).detach()
-    bounded = torch.tensor([True] * 3 + [target != "gelu"] * 3)
+    x = torch.tensor([-1e9, -3e7, 3e7, 1e8])
+    wanted = act(x.clamp(-30, 30)).detach()
+    if target == "gelu":
+        wanted = x.clamp(min=0)
     with engine.using("torch"):
         by_torch = act(x)
     for found in (act(x), by_torch, curve.plain(x, *act.numbers(torch.float32), act.family, None, -1)):
-        error = (found - wanted).abs() / x.abs().clamp(min=1)
-        assert error[bounded].max() < 1e-6, (target, found)
-        assert ((found - x).abs() / x.abs())[~bounded].sum() < 1e-5
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-2)  # a slope is exact to 1e-11
 
 
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
@@ -254,6 +254,7 @@ def test_what_has_no_instruction_is_left_to_torch(made, value):
         act.tails = "none"
         torch.testing.assert_close(act(x), value((x - act.location) / act.scale).float())
     assert list(made.values()) == [None]
+    assert "a formula by torch's operations" in engine.describe()
 
 
 def test_without_loops_torch_computes(without_loops):
