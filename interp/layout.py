@@ -80,7 +80,7 @@ class Layout:
         return flat.view(len(flat) // max(count * inner, 1), count, inner)
 
     def whole(self, size: int, unit: int) -> int:
-        """How many of `size` values a kernel takes, whole tiles or `unit`s without groups; torch's operations the rest."""
+        """How many of `size` values a kernel takes, whole tiles or `unit`s without groups; `blocks` the rest."""
         tile = {"one": unit, "channel": ROWS * self.channels, "group": 1}[self.kind]
         return size - size % tile
 

@@ -189,7 +189,8 @@ def test_far_values_do_not_leave_the_core(target):
     with engine.using("torch"):
         by_torch = act(x)
     for found in (act(x), by_torch, curve.plain(x, *act.numbers(torch.float32), act.family, None, -1)):
-        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-2)  # a slope is exact to 1e-11
+        # a slope is exact to 1e-11
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-2)
 
 
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
