@@ -211,6 +211,12 @@ class Separable(Family):
         linear = numbers.shape[1]
         return _stack(by[linear:], z), _stack(slopes_by[linear:], z)
 
+    def series(self, numbers: np.ndarray, shape: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, ...]:
+        """S, S' and S'' at `z`, (starts, points), and the derivatives of S and S' by the shape, likewise."""
+        values, slopes = self.columns(shape, z, numbers.shape[1])
+        value, slope = (values @ numbers[..., None])[..., 0], (slopes @ numbers[..., None])[..., 0]
+        return value, slope, self.bend(numbers, shape, z), *self.turns(numbers, shape, z, values, slopes)
+
     def bend(self, numbers: np.ndarray, shape: np.ndarray, z: np.ndarray) -> np.ndarray:
         """S'' at `z`, (starts, points), likewise; asked for where z is shifted."""
         h, linear = 1e-6, numbers.shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from math import factorial, pi
 
 import numpy as np
@@ -47,6 +48,48 @@ def _horner(coefficients: list[float], x: Array) -> Array:
     return value
 
 
+def _waves(angle: np.ndarray, n: int) -> np.ndarray:
+    """The powers 0 to n of exp(i angle), (starts, powers, points), for angles (starts, points)."""
+    waves = np.empty((len(angle), n + 1, angle.shape[1]), dtype=complex)
+    waves[:, 0] = 1.0
+    np.exp(1j * angle, out=waves[:, 1])
+    k = 1
+    while k < n:
+        more = min(k, n - k)
+        np.multiply(waves[:, 1 : more + 1], waves[:, k, None], out=waves[:, k + 1 : k + more + 1])
+        k += more
+    return waves
+
+
+def _moments(shape: np.ndarray, z: np.ndarray, weights: np.ndarray, n: int) -> np.ndarray:
+    """Weighted sums of cos k w z, then of sin k w z, k = 0..n: (starts, weights, 2n + 2) for weights of each point."""
+    few = np.ptp(z, axis=0).max() < 1e-9  # all have the same nodes
+    each, which = np.unique(shape[:, 0], return_inverse=True) if few else (shape[:, 0], np.arange(len(shape)))
+    waves = _waves(each[:, None] * z[: len(each)], n)
+    parts = np.concatenate([np.real(waves), np.imag(waves)], axis=1)
+    if not few:
+        return weights @ parts.swapaxes(1, 2)
+    found = np.empty((*weights.shape[:2], 2 * n + 2))
+    for i, part in enumerate(parts):
+        found[which == i] = weights[which == i] @ part.T
+    return found
+
+
+@lru_cache
+def _products(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which moments, of cosines, of sines, and both with the other sign, E of a product of two columns is half of.
+
+    cos a cos b = (cos(a - b) + cos(a + b)) / 2, and so on; and the products of the orders.
+    """
+    orders, sine, size = np.array([0, *range(1, n + 1), *range(1, n + 1)]), np.arange(2 * n + 1) > n, 2 * n + 1
+    less, more = orders - orders[:, None], orders + orders[:, None]
+    other = np.where(sine, less, -less)  # the order of the sine less that of the cosine
+    alike = sine == sine[:, None]
+    apart = np.where(alike, abs(less), np.where(other < 0, 3 * size - other, size + other))
+    together = np.where(alike, more + 2 * size * sine, size + more)
+    return apart, together, np.outer(orders, orders)
+
+
 HALF_SINE = _polynomial(lambda t: pi * np.sinc(t), 4)
 HALF_COSINE = _polynomial(lambda t: np.cos(pi * t), 4)
 
@@ -80,14 +123,11 @@ class Fourier(Separable):
         return pi  # w = 1 is periodic on the core
 
     def starts(self, degree, z, w, f):
-        return np.tile([[0.85], [0.7], [0.6], [0.5], [0.4], [0.28], [0.15], [0.05]], (len(z), 1, 1))
+        return np.tile([[0.8], [0.68], [0.55], [0.4], [0.25], [0.1]], (len(z), 1, 1))
 
     def angles(self, shape: np.ndarray, z: np.ndarray, degree: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Cosine and sine of each harmonic, (starts, points, harmonics), and its frequency, for shapes in rows."""
-        waves = np.empty((*z.shape, degree), dtype=complex)
-        np.exp(1j * (shape * z), out=waves[..., 0])
-        for k in range(1, degree):
-            np.multiply(waves[..., k - 1], waves[..., 0], out=waves[..., k])
+        waves = _waves(shape * z, degree)[:, 1:].swapaxes(1, 2)
         return np.real(waves), np.imag(waves), shape * np.arange(1, degree + 1)
 
     def columns(self, shape, z, linear):
@@ -103,33 +143,26 @@ class Fourier(Separable):
     def normal(self, shape, z, w, f, d, lam, linear):
         """From moments E[exp(ik w z)], k = 0..2n, of which all products of two columns are sums."""
         n = linear // 2
-        c, s, _ = self.angles(shape, z, 2 * n)
-        sums = np.stack([w, w * f, lam * shape * w * d], axis=1)
-        one, cosines, sines = sums.sum(axis=2, keepdims=True), sums @ c, sums @ s
-        cosines, sines = np.concatenate([one, cosines], axis=2), np.concatenate([0 * one, sines], axis=2)
-        orders = np.array([0, *range(1, n + 1), *range(1, n + 1)], dtype=int)
-        less, more = orders - orders[:, None], orders + orders[:, None]
-        sign = np.where(np.arange(linear) > n, -1.0, 1.0)
-        alike = sign * sign[:, None] > 0
-        steep = (lam * shape**2)[..., None] * np.outer(orders, orders)
-        # cos a cos b = (cos(a - b) + cos(a + b)) / 2, and so on
-        apart = np.maximum(less, -less)
-        parts = (
-            np.where(alike, cosines[:, 0, apart], sign[:, None] * np.sign(less) * sines[:, 0, apart]),
-            np.where(alike, np.minimum(sign, sign[:, None]) * cosines[:, 0, more], sines[:, 0, more]),
-        )
-        gram = ((1 + steep) * parts[0] + (1 - steep) * parts[1]) / 2
-        share = np.sqrt(np.maximum(np.einsum("snn->sn", parts[0] + parts[1]) / 2, 0))
-        k = np.arange(1, n + 1)
-        right = np.concatenate(
-            [
-                cosines[:, 1, :1],
-                cosines[:, 1, 1 : n + 1] - k * sines[:, 2, 1 : n + 1],
-                sines[:, 1, 1 : n + 1] + k * cosines[:, 2, 1 : n + 1],
-            ],
-            axis=1,
-        )
-        return gram, right, share
+        weights, size = np.stack([w, w * f, lam * shape * w * d], axis=1), 2 * n + 1
+        found = _moments(shape, z, weights, 2 * n)
+        less, more, orders = _products(n)
+        signed = np.concatenate([found[:, 0], -found[:, 0]], axis=1)
+        apart, together = signed[:, less], signed[:, more]
+        steep = (lam * shape**2)[..., None] * orders
+        gram = ((apart + together) + steep * (apart - together)) / 2
+        share = np.sqrt(np.maximum(np.einsum("snn->sn", apart + together) / 2, 0))
+        k, cosines, sines = np.arange(n + 1), found[..., : n + 1], found[..., size : size + n + 1]
+        right = cosines[:, 1] - k * sines[:, 2], (sines[:, 1] + k * cosines[:, 2])[:, 1:]
+        return gram, np.concatenate(right, axis=1), share
+
+    def series(self, numbers: np.ndarray, shape: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, ...]:
+        n = numbers.shape[1] // 2
+        k, wave = 1j * np.arange(1, n + 1), _waves(shape * z, n)[:, 1:].swapaxes(1, 2)
+        c = numbers[:, 1 : n + 1] - 1j * numbers[:, n + 1 :]
+        found = (wave @ np.stack([c, k * c, k**2 * c], axis=2)).real  # S and its derivatives by the angle
+        turned, bent = found[..., 1], found[..., 2]
+        by, slope_by = z * turned, turned + shape * z * bent
+        return found[..., 0] + numbers[:, :1], shape * turned, shape**2 * bent, by[..., None], slope_by[..., None]
 
     def turns(self, numbers, shape, z, values, slopes):
         n = numbers.shape[1] // 2
@@ -260,6 +293,9 @@ class FreeFourier(Fourier):
 
     def normal(self, shape, z, w, f, d, lam, linear):
         return Separable.normal(self, shape, z, w, f, d, lam, linear)
+
+    def series(self, numbers, shape, z):
+        return Separable.series(self, numbers, shape, z)
 
     def angles(self, shape, z, degree):
         angle = shape[:, None] * z[..., None]

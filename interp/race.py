@@ -31,6 +31,12 @@ FAR = 1e6
 STEEP = 15.0
 """The slope of a core at a joint on a kink above which J grows: rounding it to float32 turns the tail by 5e-7."""
 
+BESIDE = 1e-3
+"""How far beside a place its gradient is compared, as a share of a shape's number or of half of the core."""
+
+REACH = 0.25
+"""How far its first step may go, in the same."""
+
 NOTHING = 1e-100
 """The share in the copy below which a term of the series is none."""
 
@@ -65,6 +71,28 @@ class State:
     def __setitem__(self, rows, other: State) -> None:
         for f in fields(self):
             getattr(self, f.name)[rows] = getattr(other, f.name)
+
+
+@dataclass
+class Walk:
+    """Where each start is in `Race.descend`: rows of stacked arrays."""
+
+    frame: np.ndarray
+    alpha: np.ndarray
+    value: np.ndarray
+    """The logarithm of J."""
+    unit: np.ndarray
+    """Of the steps in each number."""
+    slope: np.ndarray
+    hessian: np.ndarray
+    radius: np.ndarray
+    trials: np.ndarray
+    """Where to try next, (starts, places, numbers)."""
+    hoped: np.ndarray
+    """What is hoped to be gained there."""
+
+    def __getitem__(self, rows) -> Walk:
+        return Walk(*(getattr(self, f.name)[rows] for f in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -161,24 +189,62 @@ class Race:
         jacobian[astray], residual[astray] = 0.0, 0.0
         return State(frame, alpha, np.where(astray, np.inf, s.value), residual, jacobian)
 
-    def values(self, frame: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-        """J alone, from the normal equations alone: to 1e-15 of the target's square."""
-        s, scale, lam = self.sample(frame, alpha), frame[:, 1:], self.p.weight
-        n, shape = 0 if self.bare else 2, alpha[:, : self.shapes]
-        f, d = s.f[:, n:], s.d[:, n:]
-        gram, right, share = self.family.normal(shape, s.z[:, n:], s.w, f, d * scale, lam / scale**2, self.linear)
+    def values(self, frame: np.ndarray, alpha: np.ndarray, each: int = 1) -> np.ndarray:
+        """J alone, from the normal equations alone: to 1e-15 of the target's square.
+
+        So many starts as `each` says, one after the other, have the same frame and the same joints.
+        """
+        s, scale, lam = self.sample(frame[::each], alpha[::each]), frame[:, 1:], self.p.weight
+        if each > 1:
+            s = Sample(*(np.repeat(getattr(s, f.name), each, axis=0) for f in fields(s)))
+        gram, right, slopes, small, forces, share, astray = self.normal(s, scale, alpha)
+        n = 0 if self.bare else 2
+        inside = ((gram @ small[..., None])[..., 0] - 2 * right) * small
+        value = np.maximum((s.w * (s.f[:, n:] ** 2 + lam * s.d[:, n:] ** 2)).sum(axis=1) + inside.sum(axis=1), 0)
+        value += self.rounding**2 * (small**2).sum(axis=1) + (forces**2).sum(axis=1) / self.equality**2
+        value += self.outside(s, slopes, (small / share)[..., None]).sum(axis=1)
+        return np.where(astray | ~np.isfinite(value), np.inf, value)
+
+    def normal(self, s: Sample, scale: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The normal equations in units of the shares, slopes at the joints, and what solves them; who is astray."""
+        n, shape, lam = 0 if self.bare else 2, alpha[:, : self.shapes], self.p.weight
+        gram, right, share = self.family.normal(
+            shape, s.z[:, n:], s.w, s.f[:, n:], s.d[:, n:] * scale, lam / scale**2, self.linear
+        )
         values, slopes = self.family.columns(shape, s.z[:, :2], self.linear)
-        equal = np.concatenate([values[:, :n], slopes[:, self.steep] / scale[..., None]], axis=1)
+        slopes = slopes / scale[..., None]
+        equal = np.concatenate([values[:, :n], slopes[:, self.steep]], axis=1)
         asked = np.concatenate([s.f[:, :n], s.d[:, self.steep]], axis=1)
         astray = s.astray | ~np.isfinite(gram).all(axis=(1, 2)) | ~(share.min(axis=1) > NOTHING)
-        share[astray], gram[astray], right[astray], equal[astray] = 1.0, 0.0, 0.0, 0.0
+        if astray.any():
+            share[astray], gram[astray], right[astray], equal[astray] = 1.0, 0.0, 0.0, 0.0
         gram, right, equal = gram / (share[:, :, None] * share[:, None]), right / share, equal / share[:, None]
         _, small, forces = self.bordered(gram, equal, right[..., None], asked[..., None])
-        inside = ((gram @ small)[..., 0] - 2 * right) * small[..., 0]
-        value = np.maximum((s.w * (f**2 + lam * d**2)).sum(axis=1) + inside.sum(axis=1), 0)
-        value += self.rounding**2 * (small**2).sum(axis=(1, 2)) + (forces**2).sum(axis=(1, 2)) / self.equality**2
-        value += self.outside(s, slopes / scale[..., None], small / share[..., None]).sum(axis=1)
-        return np.where(astray | ~np.isfinite(value), np.inf, value)
+        return gram, right, slopes, small[..., 0], forces[..., 0], share, astray
+
+    def gradient(self, frame: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """J and its gradient by shape and joints: what is linear is at its best and adds nothing to it."""
+        s, scale, lam = self.sample(frame, alpha), frame[:, 1:], self.p.weight
+        _, _, slopes, small, forces, share, astray = self.normal(s, scale, alpha)
+        n, numbers = 0 if self.bare else 2, small / share
+        value, slope, bend, by, slope_by = self.family.series(numbers, alpha[:, : self.shapes], s.z)
+        slope, bend, slope_by = slope / scale, bend / scale**2, slope_by / scale[..., None]
+        rest, steep = s.w * (value - s.f)[:, n:], lam * s.w * (slope - s.d)[:, n:]
+        j = (rest * (value - s.f)[:, n:] + steep * (slope - s.d)[:, n:]).sum(axis=1)
+        j += self.rounding**2 * (small**2).sum(axis=1) + (forces**2).sum(axis=1) / self.equality**2
+        j += self.outside(s, slopes, numbers[..., None]).sum(axis=1)
+        found = np.zeros_like(alpha)
+        found[:, : self.shapes] = 2 * (rest[:, None] @ by[:, n:] + steep[:, None] @ slope_by[:, n:])[:, 0]
+        if n:
+            pulled = np.concatenate([by[:, :2], slope_by[:, self.steep]], axis=1)
+            found[:, : self.shapes] += 2 * (forces[:, None] @ pulled)[:, 0]
+        for k, i in enumerate(self.free, self.inner):
+            turned = 0.0 if self.sides[i].line is not None else self.p.curvature(s.joints[:, i])
+            found[:, k] = 2 * forces[:, i] * (slope - s.d)[:, i]
+            found[:, k] += 2 * forces[:, 2 + self.steep.index(i)] * (bend[:, i] - turned) + s.growth[:, i]
+        astray |= ~np.isfinite(j)
+        found[astray] = 0.0
+        return np.where(astray, np.inf, j), found
 
     def outside(self, s: Sample, slopes: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """The share of J that no row has: that of each tail, and a penalty where the core is too steep at a kink."""
@@ -286,6 +352,64 @@ class Race:
         return np.concatenate(
             [found[:, linear:] / self.equality, s.system @ small - moved, self.rounding * small], axis=1
         )
+
+    def descend(self, frame: np.ndarray, alpha: np.ndarray, kept: tuple[int, ...], settled: float) -> Walk:
+        """The best of what Newton's method on log J finds from each start, so many of which are `kept` at each step.
+
+        The Hessian is made of the gradients at a place and beside it in each number, all of them in one batch. A step
+        goes down along each axis of the Hessian, at most so far; there are two, for log J and for J, and the better
+        one counts. The search ends where none of the starts can become better than the best by a share `settled`.
+        """
+        count, n = alpha.shape
+        joints = self.joints(alpha)
+        unit = np.repeat((joints[:, 1:] - joints[:, :1]) / 2, n, axis=1)
+        unit[:, : self.inner] = np.abs(alpha[:, : self.inner])
+        beside = BESIDE * np.array([1.0] * self.inner + [(1.0, -1.0)[i] for i in self.free])  # into the core
+        ends = np.array([[-FAR, FAR]] * self.inner + [self.p.ends] * len(self.free)).T
+        walk = Walk(
+            frame=frame,
+            alpha=alpha,
+            value=np.full(count, np.inf),
+            unit=unit,
+            slope=np.zeros((count, n)),
+            hessian=np.zeros((count, n, n)),
+            radius=np.full(count, REACH),
+            trials=alpha[:, None],
+            hoped=np.zeros((count, 1)),
+        )
+        for most in kept:
+            if len(walk.value) > most:  # those that may become the best
+                may = walk.value - np.minimum(walk.hoped.max(axis=1), 1) if most > 1 else walk.value
+                walk = walk[np.argsort(may, kind="stable")[:most]]
+            self.step(walk, beside, ends)
+            if (walk.value - np.minimum(walk.hoped.max(axis=1), 3) > walk.value.min() - settled).all():
+                break
+        return walk[[walk.value.argmin()]]
+
+    def step(self, walk: Walk, beside: np.ndarray, ends: np.ndarray) -> None:
+        """Try where to go, go there if it is better, and choose where to try next."""
+        count, lanes, n = walk.trials.shape
+        points = walk.trials[:, :, None] + walk.unit[:, None, None] * np.vstack([np.zeros(n), np.diag(beside)])
+        value, gradient = self.gradient(np.repeat(walk.frame, lanes * (n + 1), axis=0), points.reshape(-1, n))
+        value = value.reshape(count, lanes, n + 1) + self.floor / 10
+        best = np.arange(count), value[..., 0].argmin(axis=1)
+        there = np.log(value[..., 0][best])
+        slopes = gradient.reshape(*value.shape, n)[best] / value[best][..., None] * walk.unit[:, None]
+        bend = (slopes[:, 1:] - slopes[:, :1]) / beside[:, None]
+        gain, hoped = walk.value - there, walk.hoped[best]
+        good, grown = gain > 0, np.where(gain > 0.5 * hoped, 2.0, np.where(gain < 0.2 * hoped, 0.5, 1.0))
+        walk.radius = walk.radius * np.where(good, grown, 0.25)
+        walk.value[good], walk.alpha = there[good], np.where(good[:, None], walk.trials[best], walk.alpha)
+        walk.slope[good], walk.hessian[good] = slopes[good, 0], ((bend + bend.swapaxes(1, 2)) / 2)[good]
+        held = ((walk.alpha <= ends[0]) & (walk.slope > 0)) | ((walk.alpha >= ends[1]) & (walk.slope < 0))
+        down = np.where(held, 0.0, walk.slope)
+        curved = np.where(held[:, None] | held[..., None] | ~np.isfinite(walk.hessian), 0.0, walk.hessian)
+        size, axes = np.linalg.eigh(np.stack([curved + down[:, None] * down[..., None], curved], axis=1))
+        along, limit = (down[:, None, None] @ axes)[:, :, 0], walk.radius[:, None, None]
+        step = np.clip(-along / np.maximum(np.abs(size), 1e-3), -limit, limit)
+        walk.hoped = -(step * (along + size * step / 2)).sum(axis=2)
+        walk.hoped[:, 0] = -np.log(np.maximum(1 - walk.hoped[:, 0], 0.05))  # of J
+        walk.trials = np.clip(walk.alpha[:, None] + walk.unit[:, None] * (axes @ step[..., None])[..., 0], *ends)
 
     def improve(self, state: State, steps: int, settled: float = 1e-4, lanes: Lanes = GAUSS) -> State:
         """So many of Levenberg and Marquardt's steps by every start, or until one gains less than `settled` of J.

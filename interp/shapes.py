@@ -42,11 +42,11 @@ LAST = (3, 60)
 FEW = (24, 2)
 """Nodes in the core for a family with one shape number, and how many more with each degree."""
 
-SETTLED = 1e-3
-"""The gain of a step, as a share of J, from which it goes on there."""
+ONE = (6, 4, 3, 2, 2, 2, 1, 1)
+"""How many starts of a family with one shape number, no two with the same, are improved by a step; by another; ..."""
 
-ONE = ((5, 2), (2, 5))
-"""How many starts of a family with one shape number, no two with the same, are improved, by how many steps; again."""
+SETTLED = 5e-3
+"""The share of J for which no further step is taken there."""
 
 CHOSEN = 12
 """Among how many the winners are chosen."""
@@ -86,21 +86,19 @@ def search_shapes(p: Problem, sides: tuple[Side, Side]) -> Found:
     assert isinstance(p.family, Separable)
     smooth, fine = p.family.relaxed(), Race(p, p.family, sides, FINE)
     race = Race(p, p.family, sides, FEW[0] + FEW[1] * p.degree if _few(p) else COARSE)
+    if _few(p) and not _over(race):
+        return _one(p, race)
     begun = _begin(p, race)
     exact = np.flatnonzero(begun.value <= EXACT**2 * (p.w @ p.f**2))
     if len(exact):
-        return _found(fine, _best(fine.improve(_again(fine, _best(begun, 1)), EXACTLY), 1))
+        last = fine.improve(_again(fine, _best(begun, 1)), EXACTLY)
+        return _found(fine, last.frame[0], last.alpha[0])
     if _over(race):
         for race.equality, kept, steps in OVER:
             begun = race.improve(_again(race, _best(begun, kept)), steps, 1e-12, LANES)
         fine.equality, _, steps = OVER[-1]
         found = fine.improve(_again(fine, _best(begun, 1)), steps, 1e-12, LANES)
-        return _found(fine, _best(found, 1))
-    if _few(p):
-        for kept, steps in ONE:
-            begun = race.improve(_best(begun, kept), steps, SETTLED, LANES)
-            race.rounding = max(ROUNDING, 1e-3 * float(begun.value.min()) ** 0.5)
-        return _found(race, _best(begun, 1))
+        return _found(fine, found.frame[0], found.alpha[0])
     found = _run(race, begun, RACE)
     if smooth is not None:
         other = Race(p, smooth, sides, COARSE)
@@ -122,7 +120,20 @@ def search_shapes(p: Problem, sides: tuple[Side, Side]) -> Found:
         plain = _best(_settle(dense, last, dense), 1)
         if plain.value[0] < last.value[0] * (1 + PLAIN):
             last = plain
-    return _found(fine, last[:1])
+    return _found(fine, last.frame[0], last.alpha[0])
+
+
+def _one(p: Problem, race: Race) -> Found:
+    """Where J is least for a family with few valleys."""
+    frame, alpha, kind = _starts(p, race)
+    value = race.values(frame, alpha, each=kind.max() + 1)
+    rows = np.argsort(value, kind="stable")
+    race.rounding = max(ROUNDING, 5e-4 * float(value[rows[0]]) ** 0.5)
+    _, first = np.unique(kind[rows], return_index=True)  # the best of each kind, whatever the joints
+    rows = rows[np.sort(first)[: ONE[0]]]
+    best = race.descend(frame[rows], alpha[rows], ONE, SETTLED)
+    race.rounding = max(ROUNDING, 1e-3 * float(np.exp(best.value[0] / 2)))
+    return _found(race, best.frame[0], best.alpha[0])
 
 
 def _few(p: Problem) -> bool:
@@ -142,10 +153,7 @@ def _begin(p: Problem, race: Race) -> State:
     value = race.values(frame, alpha)
     rows = _valleys(value)
     _, first = np.unique(kind[rows], return_index=True)  # the best of each kind, whatever the joints
-    if _few(p) and not _over(race):
-        rows = rows[np.sort(first)[: ONE[0][0]]]
-    else:
-        rows = rows[np.union1d(first, np.arange(min(BEST, len(rows))))]
+    rows = rows[np.union1d(first, np.arange(min(BEST, len(rows))))]
     return race.evaluate(frame[rows], alpha[rows])
 
 
@@ -199,10 +207,10 @@ def _settle(own: Race, state: State, race: Race) -> State:
     return own.evaluate(np.array(frames), np.array(alphas))
 
 
-def _found(race: Race, state: State) -> Found:
-    p, family, alpha = race.p, race.family, state.alpha[0]
+def _found(race: Race, frame: np.ndarray, alpha: np.ndarray) -> Found:
+    p, family = race.p, race.family
     lo, hi = race.joints(alpha[None])[0].tolist() if p.tails == "linear" else (-np.inf, np.inf)
-    location, scale = state.frame[0]
+    location, scale = frame
     if family.anywhere:
         places = (
             np.append(location, np.linspace(lo, hi, 9) if p.tails == "linear" else []).astype(np.float32).astype(float)
@@ -223,7 +231,7 @@ def _starts(p: Problem, race: Race) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     x, w = race.nodes(ends)
     f, half = p.near(x)[0], (ends[:, 1:] - ends[:, :1]) / 2
     rest = np.concatenate([np.zeros((len(ends), int(family.centred))), ends[:, race.free]], axis=1)
-    middle = (w * x).sum(axis=1) / w.sum(axis=1) if family.anywhere else ends.mean(axis=1)
+    middle = ends.mean(axis=1)
     for shift in shifts:
         frame = np.concatenate([middle[:, None] + shift * half, half / family.reach(p.degree)], axis=1)
         if p.tails == "none":

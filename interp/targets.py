@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from math import pi, sqrt
 
 import numpy as np
@@ -195,6 +196,11 @@ def get_target(target: str | Target | Callable[[Tensor], Tensor]) -> Target:
         return target
     if not isinstance(target, str):
         return _from_callable(target)
+    return _from_name(target)
+
+
+@lru_cache
+def _from_name(target: str) -> Target:
     match = re.fullmatch(r"(\w+)(?:\(([^()]*)\))?", target.strip())
     base = ALIASES.get(match[1], match[1]) if match else None
     if match and base and base not in TARGETS and "(" in base and match[2] is None:
