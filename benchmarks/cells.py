@@ -79,6 +79,7 @@ class Table:
                     row, rate, seed = asked.pop(done)
                     cells.append({"row": row, "rate": rate, "seed": seed, **done.result()})
                     print(json.dumps(cells[-1]), file=sys.stderr, flush=True)
+                    self.file.parent.mkdir(parents=True, exist_ok=True)
                     new = self.file.with_suffix(".new")
                     new.write_text(json.dumps({"cells": cells}, indent=1) + "\n")
                     os.replace(new, self.file)

@@ -65,6 +65,10 @@ def rows(name: str) -> dict[str, dict[str, Any]]:
         for what in ("activations", "activations+norms"):
             title = f"degree 3{', calibrated' if calibrated else ''}, per channel: {what}"
             found[title] = {"degree": 3, "calibrated": calibrated, "what": what, "groups": "per-channel"}
+    if name == "smollm2":  # where a conversion is coarse `recover` swaps site by site
+        for swap, title in ((None, "at once"), ("blend", "blended in")):
+            row = {"degree": 3, "calibrated": True, "what": "activations", "swap": swap}
+            found[f"degree 3, calibrated: activations, {title}"] = row
     if name == "demo":
         for what, swap in (("activations", "blend"), ("activations+norms", "blend"), ("all", None), ("all", "blend")):
             title = f"degree 4, calibrated, no tails: {what}{', blended in' if swap else ''}"

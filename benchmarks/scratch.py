@@ -38,7 +38,7 @@ MODELS = {
         },
     ),
 }
-RATES = {"gpt2": (1e-3, 2e-3, 4e-3, 8e-3), "convnext": (4e-3,)}
+RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 SEEDS = (0, 1, 2)
 
 
@@ -58,7 +58,7 @@ def run(name: str, steps: int | None, row: str, rate: float, seed: int) -> Cell:
 def table_of(name: str, folder: Path, steps: int | None = None) -> Table:
     recipe = recipe_of(name, steps)
     rows, file = tuple(recipe.compare.rows), folder / f"scratch-{name}.json"
-    return Table(file, rows, RATES[name], SEEDS, partial(run, name, steps), partial(worth, recipe.task))
+    return Table(file, rows, RATES, SEEDS, partial(run, name, steps), partial(worth, recipe.task))
 
 
 def markdown(folder: Path) -> str:

@@ -134,7 +134,7 @@ def _compiled(function: Callable, given: list[Tensor]) -> Callable[..., Sequence
         from torch._inductor.compile_fx import compile_fx
 
         with _traced_once():
-            return compile_fx(graph, inputs, config_patches=OPTIONS)
+            return compile_fx(graph, inputs, config_patches=_known(OPTIONS))
 
     try:
         with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
@@ -149,6 +149,13 @@ def _compiled(function: Callable, given: list[Tensor]) -> Callable[..., Sequence
         warnings.warn(f"torch.compile failed, so torch's operations compute activations: {reason}", stacklevel=2)
         engine.give_up(reason)
         return None
+
+
+def _known(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the compiler's options that this version of torch has."""
+    from torch._inductor import config
+
+    return {key: value for key, value in options.items() if key in config._config}
 
 
 @contextmanager
