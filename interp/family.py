@@ -14,6 +14,9 @@ from .variance import Moments, moments
 
 Array = Any  # a numpy array or a torch tensor: the formulas below are written once for both
 
+Series = Callable[[np.ndarray], tuple[np.ndarray, ...]]
+"""From linear numbers in rows to S, S' and S'' (starts, points) and the derivatives of S and S' by the shape."""
+
 TAILS = ("linear", "none")
 """How a core is continued beyond its joints."""
 
@@ -190,18 +193,25 @@ class Separable(Family):
         d: np.ndarray,
         lam: np.ndarray,
         linear: int,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray], Series]:
         """The normal equations of the columns, their right sides and the roots of E of each column's square.
 
         Values `f` and slopes `d` by z are wanted with weights `w` and `lam` times these, each (starts, points), `lam`
-        (starts, 1).
+        (starts, 1). `z` may have points before these: then the columns there and their slopes; and the series.
         """
         values, slopes = self.columns(shape, z, linear)
-        heavy = (w[..., None] * values).swapaxes(1, 2)
-        steep = ((lam * w)[..., None] * slopes).swapaxes(1, 2)
-        gram = heavy @ values
+        ends = z.shape[1] - w.shape[1]
+        heavy = (w[..., None] * values[:, ends:]).swapaxes(1, 2)
+        steep = ((lam * w)[..., None] * slopes[:, ends:]).swapaxes(1, 2)
+        gram = heavy @ values[:, ends:]
         share = np.sqrt(np.einsum("snn->sn", gram))
-        return gram + steep @ slopes, (heavy @ f[..., None] + steep @ d[..., None])[..., 0], share
+        right = (heavy @ f[..., None] + steep @ d[..., None])[..., 0]
+
+        def series(numbers: np.ndarray) -> tuple[np.ndarray, ...]:
+            value, slope = (values @ numbers[..., None])[..., 0], (slopes @ numbers[..., None])[..., 0]
+            return value, slope, self.bend(numbers, shape, z), *self.turns(numbers, shape, z, values, slopes)
+
+        return gram + steep @ slopes[:, ends:], right, share, (values[:, :ends], slopes[:, :ends]), series
 
     def turns(
         self, numbers: np.ndarray, shape: np.ndarray, z: np.ndarray, values: np.ndarray, slopes: np.ndarray
@@ -210,12 +220,6 @@ class Separable(Family):
         by, slopes_by = self.jacobian(_columns(numbers) + _columns(shape), z)
         linear = numbers.shape[1]
         return _stack(by[linear:], z), _stack(slopes_by[linear:], z)
-
-    def series(self, numbers: np.ndarray, shape: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, ...]:
-        """S, S' and S'' at `z`, (starts, points), and the derivatives of S and S' by the shape, likewise."""
-        values, slopes = self.columns(shape, z, numbers.shape[1])
-        value, slope = (values @ numbers[..., None])[..., 0], (slopes @ numbers[..., None])[..., 0]
-        return value, slope, self.bend(numbers, shape, z), *self.turns(numbers, shape, z, values, slopes)
 
     def bend(self, numbers: np.ndarray, shape: np.ndarray, z: np.ndarray) -> np.ndarray:
         """S'' at `z`, (starts, points), likewise; asked for where z is shifted."""

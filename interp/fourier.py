@@ -9,7 +9,7 @@ from math import factorial, pi
 import numpy as np
 import torch
 
-from .family import Array, Separable, fma
+from .family import Array, Separable, Series, fma
 from .variance import Moments, balance
 
 
@@ -61,18 +61,9 @@ def _waves(angle: np.ndarray, n: int) -> np.ndarray:
     return waves
 
 
-def _moments(shape: np.ndarray, z: np.ndarray, weights: np.ndarray, n: int) -> np.ndarray:
-    """Weighted sums of cos k w z, then of sin k w z, k = 0..n: (starts, weights, 2n + 2) for weights of each point."""
-    few = np.ptp(z, axis=0).max() < 1e-9  # all have the same nodes
-    each, which = np.unique(shape[:, 0], return_inverse=True) if few else (shape[:, 0], np.arange(len(shape)))
-    waves = _waves(each[:, None] * z[: len(each)], n)
-    parts = np.concatenate([np.real(waves), np.imag(waves)], axis=1)
-    if not few:
-        return weights @ parts.swapaxes(1, 2)
-    found = np.empty((*weights.shape[:2], 2 * n + 2))
-    for i, part in enumerate(parts):
-        found[which == i] = weights[which == i] @ part.T
-    return found
+def _parts(waves: np.ndarray) -> np.ndarray:
+    """Cosines, then sines."""
+    return np.concatenate([np.real(waves), np.imag(waves)], axis=1)
 
 
 @lru_cache
@@ -140,29 +131,45 @@ class Fourier(Separable):
         np.multiply(w[:, None], c, out=slopes[..., n + 1 :])
         return values, slopes
 
-    def normal(self, shape, z, w, f, d, lam, linear):
+    def normal(
+        self, shape, z, w, f, d, lam, linear
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray], Series]:
         """From moments E[exp(ik w z)], k = 0..2n, of which all products of two columns are sums."""
-        n = linear // 2
-        weights, size = np.stack([w, w * f, lam * shape * w * d], axis=1), 2 * n + 1
-        found = _moments(shape, z, weights, 2 * n)
+        n, ends = linear // 2, z.shape[1] - w.shape[1]
+        size, k, few = 2 * n + 1, np.arange(n + 1), np.ptp(z, axis=0).max() < 1e-9
+        weights = np.stack([w, w * f, lam * shape * w * d], axis=1)
+        if few and len(z) > 1:  # few shapes, all with the same nodes
+            each, which = np.unique(shape[:, 0], return_inverse=True)
+            waves, found = _waves(each[:, None] * z[: len(each)], 2 * n), np.empty((len(z), 3, 2 * size))
+            for i, part in enumerate(_parts(waves[..., ends:])):
+                found[which == i] = weights[which == i] @ part.T
+            waves = waves[which, : n + 1]
+        else:
+            waves = _waves(shape * z, 2 * n)
+            found = weights @ _parts(waves[..., ends:]).swapaxes(1, 2)
         less, more, orders = _products(n)
         signed = np.concatenate([found[:, 0], -found[:, 0]], axis=1)
         apart, together = signed[:, less], signed[:, more]
-        steep = (lam * shape**2)[..., None] * orders
-        gram = ((apart + together) + steep * (apart - together)) / 2
+        gram = (lam * shape**2 / 2)[..., None] * orders
+        gram *= apart - together
         share = np.sqrt(np.maximum(np.einsum("snn->sn", apart + together) / 2, 0))
-        k, cosines, sines = np.arange(n + 1), found[..., : n + 1], found[..., size : size + n + 1]
+        apart += together
+        apart /= 2
+        gram += apart
+        cosines, sines = found[..., : n + 1], found[..., size : size + n + 1]
         right = cosines[:, 1] - k * sines[:, 2], (sines[:, 1] + k * cosines[:, 2])[:, 1:]
-        return gram, np.concatenate(right, axis=1), share
+        there, turn = waves[:, : n + 1, :ends].swapaxes(1, 2), k * shape[..., None]
+        there, steep = (np.concatenate([np.real(v), np.imag(v)[..., 1:]], axis=2) for v in (there, 1j * turn * there))
 
-    def series(self, numbers: np.ndarray, shape: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, ...]:
-        n = numbers.shape[1] // 2
-        k, wave = 1j * np.arange(1, n + 1), _waves(shape * z, n)[:, 1:].swapaxes(1, 2)
-        c = numbers[:, 1 : n + 1] - 1j * numbers[:, n + 1 :]
-        found = (wave @ np.stack([c, k * c, k**2 * c], axis=2)).real  # S and its derivatives by the angle
-        turned, bent = found[..., 1], found[..., 2]
-        by, slope_by = z * turned, turned + shape * z * bent
-        return found[..., 0] + numbers[:, :1], shape * turned, shape**2 * bent, by[..., None], slope_by[..., None]
+        def series(numbers: np.ndarray) -> tuple[np.ndarray, ...]:
+            c, turn = numbers[:, : n + 1].astype(complex), 1j * k
+            c[:, 1:] -= 1j * numbers[:, n + 1 :]
+            curves = np.real(waves[:, : n + 1].swapaxes(1, 2) @ np.stack([c, turn * c, turn**2 * c], axis=2))
+            turned, bent = curves[..., 1], curves[..., 2]  # derivatives by the angle
+            by, slope_by = z * turned, turned + shape * z * bent
+            return curves[..., 0], shape * turned, shape**2 * bent, by[..., None], slope_by[..., None]
+
+        return gram, np.concatenate(right, axis=1), share, (there, steep), series
 
     def turns(self, numbers, shape, z, values, slopes):
         n = numbers.shape[1] // 2
@@ -293,9 +300,6 @@ class FreeFourier(Fourier):
 
     def normal(self, shape, z, w, f, d, lam, linear):
         return Separable.normal(self, shape, z, w, f, d, lam, linear)
-
-    def series(self, numbers, shape, z):
-        return Separable.series(self, numbers, shape, z)
 
     def angles(self, shape, z, degree):
         angle = shape[:, None] * z[..., None]

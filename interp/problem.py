@@ -131,11 +131,13 @@ class Problem:
     def near(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The target at `x` under the law, from a table of cubics between its kinks: fast, for the searches."""
         table, borders, begin, per, first, last = self.table
-        piece = np.searchsorted(borders, x)
-        place = (x - begin[piece]) * per[piece]
+        piece = np.searchsorted(borders, x) if len(borders) else 0
+        per = per[piece]
+        place = (x - begin[piece]) * per
         cell = np.clip(place.astype(int), 0, last[piece])
-        t, (a, b, c, e) = place - cell, table[:, first[piece] + cell]
-        return a + t * (b + t * (c + t * e)), (b + t * (2 * c + 3 * t * e)) * per[piece]
+        t, (a, b, c, e) = place - cell, table.take(first[piece] + cell, axis=1)
+        e = t * e
+        return a + t * (b + t * (c + e)), (b + t * (2 * c + 3 * e)) * per
 
     @cached_property
     def table(self) -> tuple[np.ndarray, ...]:

@@ -155,7 +155,8 @@ class Race:
     def joints(self, alpha: np.ndarray) -> np.ndarray:
         """Both joints of each start, (starts, 2)."""
         ends = self.p.ends if self.bare else [side.joint if side.joint is not None else 0.0 for side in self.sides]
-        both = np.tile(np.array(ends, dtype=float), (len(alpha), 1))
+        both = np.empty((len(alpha), 2))
+        both[:] = ends
         both[:, self.free] = alpha[:, self.inner :]
         return both
 
@@ -197,41 +198,39 @@ class Race:
         s, scale, lam = self.sample(frame[::each], alpha[::each]), frame[:, 1:], self.p.weight
         if each > 1:
             s = Sample(*(np.repeat(getattr(s, f.name), each, axis=0) for f in fields(s)))
-        gram, right, slopes, small, forces, share, astray = self.normal(s, scale, alpha)
+        gram, right, slopes, numbers, forces, share, astray, _ = self.normal(s, scale, alpha)
         n = 0 if self.bare else 2
-        inside = ((gram @ small[..., None])[..., 0] - 2 * right) * small
+        inside = ((gram @ numbers[..., None])[..., 0] - 2 * right) * numbers
         value = np.maximum((s.w * (s.f[:, n:] ** 2 + lam * s.d[:, n:] ** 2)).sum(axis=1) + inside.sum(axis=1), 0)
-        value += self.rounding**2 * (small**2).sum(axis=1) + (forces**2).sum(axis=1) / self.equality**2
-        value += self.outside(s, slopes, (small / share)[..., None]).sum(axis=1)
+        value += self.rounding**2 * ((share * numbers) ** 2).sum(axis=1) + (forces**2).sum(axis=1) / self.equality**2
+        value += self.outside(s, slopes, numbers[..., None]).sum(axis=1)
         return np.where(astray | ~np.isfinite(value), np.inf, value)
 
-    def normal(self, s: Sample, scale: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, ...]:
-        """The normal equations in units of the shares, slopes at the joints, and what solves them; who is astray."""
+    def normal(self, s: Sample, scale: np.ndarray, alpha: np.ndarray) -> tuple:
+        """Normal equations, slopes at the joints, what solves them, shares, who is astray, and the series."""
         n, shape, lam = 0 if self.bare else 2, alpha[:, : self.shapes], self.p.weight
-        gram, right, share = self.family.normal(
-            shape, s.z[:, n:], s.w, s.f[:, n:], s.d[:, n:] * scale, lam / scale**2, self.linear
+        gram, right, share, (values, slopes), series = self.family.normal(
+            shape, s.z, s.w, s.f[:, n:], s.d[:, n:] * scale, lam / scale**2, self.linear
         )
-        values, slopes = self.family.columns(shape, s.z[:, :2], self.linear)
         slopes = slopes / scale[..., None]
-        equal = np.concatenate([values[:, :n], slopes[:, self.steep]], axis=1)
+        equal = np.concatenate([values, slopes[:, self.steep]], axis=1)
         asked = np.concatenate([s.f[:, :n], s.d[:, self.steep]], axis=1)
         astray = s.astray | ~np.isfinite(gram).all(axis=(1, 2)) | ~(share.min(axis=1) > NOTHING)
         if astray.any():
             share[astray], gram[astray], right[astray], equal[astray] = 1.0, 0.0, 0.0, 0.0
-        gram, right, equal = gram / (share[:, :, None] * share[:, None]), right / share, equal / share[:, None]
-        _, small, forces = self.bordered(gram, equal, right[..., None], asked[..., None])
-        return gram, right, slopes, small[..., 0], forces[..., 0], share, astray
+        _, numbers, forces = self.bordered(gram, share, equal, right[..., None], asked[..., None])
+        return gram, right, slopes, numbers[..., 0], forces[..., 0], share, astray, series
 
     def gradient(self, frame: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """J and its gradient by shape and joints: what is linear is at its best and adds nothing to it."""
         s, scale, lam = self.sample(frame, alpha), frame[:, 1:], self.p.weight
-        _, _, slopes, small, forces, share, astray = self.normal(s, scale, alpha)
-        n, numbers = 0 if self.bare else 2, small / share
-        value, slope, bend, by, slope_by = self.family.series(numbers, alpha[:, : self.shapes], s.z)
+        _, _, slopes, numbers, forces, share, astray, series = self.normal(s, scale, alpha)
+        n = 0 if self.bare else 2
+        value, slope, bend, by, slope_by = series(numbers)
         slope, bend, slope_by = slope / scale, bend / scale**2, slope_by / scale[..., None]
         rest, steep = s.w * (value - s.f)[:, n:], lam * s.w * (slope - s.d)[:, n:]
         j = (rest * (value - s.f)[:, n:] + steep * (slope - s.d)[:, n:]).sum(axis=1)
-        j += self.rounding**2 * (small**2).sum(axis=1) + (forces**2).sum(axis=1) / self.equality**2
+        j += self.rounding**2 * ((share * numbers) ** 2).sum(axis=1) + (forces**2).sum(axis=1) / self.equality**2
         j += self.outside(s, slopes, numbers[..., None]).sum(axis=1)
         found = np.zeros_like(alpha)
         found[:, : self.shapes] = 2 * (rest[:, None] @ by[:, n:] + steep[:, None] @ slope_by[:, n:])[:, 0]
@@ -253,7 +252,7 @@ class Race:
             value[:, i] += np.maximum(np.abs((slopes[:, i, None] @ numbers)[:, 0, 0]) - STEEP, 0) ** 2
         return value
 
-    def bordered(self, gram, equal, right, asked) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def bordered(self, gram, share, equal, right, asked) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Normal equations with the equalities: the matrix, the linear numbers, multipliers of the equalities.
 
         Because of the rows that keep terms small, the numbers are as exact as J needs: errors of 1e-16 in the matrix
@@ -261,9 +260,11 @@ class Race:
         """
         linear, total = gram.shape[1], gram.shape[1] + equal.shape[1]
         matrix = np.zeros((len(gram), total, total))
-        matrix[:, :linear, :linear] = gram + self.rounding**2 * np.eye(linear)
+        matrix[:, :linear, :linear] = gram
         matrix[:, :linear, linear:], matrix[:, linear:, :linear] = equal.swapaxes(1, 2), equal
-        matrix[:, linear:, linear:] = -np.eye(total - linear) / self.equality**2
+        diagonal = np.einsum("snn->sn", matrix)
+        diagonal[:, :linear] += (self.rounding * share) ** 2
+        diagonal[:, linear:] = -1 / self.equality**2
         found = np.linalg.solve(matrix, np.concatenate([right, asked], axis=1))
         return matrix, found[:, :linear], found[:, linear:]
 
@@ -311,7 +312,7 @@ class Race:
         system /= share[:, None]
         equal[astray], system[astray] = 0.0, 0.0
         turned = system.swapaxes(1, 2)
-        matrix, small, forces = self.bordered(turned @ system, equal, turned @ y, asked)
+        matrix, small, forces = self.bordered(turned @ system, np.ones(1), equal, turned @ y, asked)
         inside = np.concatenate([y - system @ small, -self.rounding * small], axis=1)[..., 0]
         numbers = small / share[..., None]
         value = (inside**2).sum(axis=1) + (forces**2).sum(axis=(1, 2)) / self.equality**2
