@@ -45,6 +45,12 @@ FEW = (24, 2)
 ONE = (6, 4, 3, 2, 2, 2, 1, 1)
 """How many starts of a family with one shape number, no two with the same, are improved by a step; by another; ..."""
 
+PAIRS = 5
+"""How many pairs of joints are tried with every shape there."""
+
+FAR = 100.0
+"""J, in the least of them, from which a start is left alone."""
+
 SETTLED = 5e-3
 """The share of J for which no further step is taken there."""
 
@@ -124,14 +130,20 @@ def search_shapes(p: Problem, sides: tuple[Side, Side]) -> Found:
 
 
 def _one(p: Problem, race: Race) -> Found:
-    """Where J is least for a family with few valleys."""
+    """Where J is least for a family with few valleys: the best joints for a shape in the middle, then every shape."""
     frame, alpha, kind = _starts(p, race)
-    value = race.values(frame, alpha, each=kind.max() + 1)
-    rows = np.argsort(value, kind="stable")
-    race.rounding = max(ROUNDING, 5e-4 * float(value[rows[0]]) ** 0.5)
+    shapes = int(kind.max()) + 1
+    rows = np.flatnonzero(kind == shapes // 2)
+    rows = rows[np.argsort(race.values(frame[rows], alpha[rows]), kind="stable")[:PAIRS]]
+    rows = (rows[:, None] - shapes // 2 + np.arange(shapes)).ravel()
+    value = race.values(frame[rows], alpha[rows], each=shapes)
+    order = np.argsort(value, kind="stable")
+    rows, value = rows[order], value[order]
     _, first = np.unique(kind[rows], return_index=True)  # the best of each kind, whatever the joints
-    rows = rows[np.sort(first)[: ONE[0]]]
-    best = race.descend(frame[rows], alpha[rows], ONE, SETTLED)
+    first = np.sort(first)[: ONE[0]]
+    first = first[value[first] <= FAR * value[0]]
+    race.rounding = max(ROUNDING, 5e-4 * float(value[0]) ** 0.5)
+    best = race.descend(frame[rows[first]], alpha[rows[first]], ONE, SETTLED)
     race.rounding = max(ROUNDING, 1e-3 * float(np.exp(best.value[0] / 2)))
     return _found(race, best.frame[0], best.alpha[0])
 
