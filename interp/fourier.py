@@ -136,9 +136,9 @@ class Fourier(Separable):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray], Series]:
         """From moments E[exp(ik w z)], k = 0..2n, of which all products of two columns are sums."""
         n, ends = linear // 2, z.shape[1] - w.shape[1]
-        size, k, few = 2 * n + 1, np.arange(n + 1), np.ptp(z, axis=0).max() < 1e-9
+        size, k = 2 * n + 1, np.arange(n + 1)
         weights = np.stack([w, w * f, lam * shape * w * d], axis=1)
-        if few and len(z) > 1:  # few shapes, all with the same nodes
+        if len(z) > 1 and np.ptp(z[:, [0, -1]], axis=0).max() < 1e-9:  # few shapes, all with the same nodes
             each, which = np.unique(shape[:, 0], return_inverse=True)
             waves, found = _waves(each[:, None] * z[: len(each)], 2 * n), np.empty((len(z), 3, 2 * size))
             for i, part in enumerate(_parts(waves[..., ends:])):

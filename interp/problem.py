@@ -166,8 +166,17 @@ class Problem:
         """Gauss-Legendre nodes between each pair of joints, (pairs, count), and their weights under the law."""
         t, w = legendre(count)
         half = (joints[:, 1:] - joints[:, :1]) / 2
-        x = joints.mean(axis=1, keepdims=True) + half * t
-        return x, np.interp(x, self.x, self.w) / self.step * half * w
+        x = (joints[:, 1:] + joints[:, :1]) / 2 + half * t
+        place = ((x - self.x[0]) / self.step).clip(0, len(self.x) - 1)
+        cell = place.astype(int)
+        here = self.w.take(cell)
+        here += (place - cell) * (self.rises.take(cell))
+        return x, here * (half / self.step) * w
+
+    @cached_property
+    def rises(self) -> np.ndarray:
+        """From each node's weight to the next."""
+        return np.append(np.diff(self.w), 0.0)
 
     def pieces(self, joints: np.ndarray, kinks: list[float], count: int) -> tuple[np.ndarray, np.ndarray]:
         """The same with as many of the nodes on either side of each kink, where the target is smooth."""

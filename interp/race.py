@@ -90,6 +90,8 @@ class Walk:
     """Where to try next, (starts, places, numbers)."""
     hoped: np.ndarray
     """What is hoped to be gained there."""
+    length: np.ndarray
+    """How long the longest part of the way there is."""
 
     def __getitem__(self, rows) -> Walk:
         return Walk(*(getattr(self, f.name)[rows] for f in fields(self)))
@@ -377,6 +379,7 @@ class Race:
             radius=np.full(count, REACH),
             trials=alpha[:, None],
             hoped=np.zeros((count, 1)),
+            length=np.zeros((count, 1)),
         )
         for most in kept:
             if len(walk.value) > most:  # those that may become the best
@@ -399,7 +402,7 @@ class Race:
         bend = (slopes[:, 1:] - slopes[:, :1]) / beside[:, None]
         gain, hoped = walk.value - there, walk.hoped[best]
         good, grown = gain > 0, np.where(gain > 0.5 * hoped, 2.0, np.where(gain < 0.2 * hoped, 0.5, 1.0))
-        walk.radius = walk.radius * np.where(good, grown, 0.25)
+        walk.radius = np.where(good, walk.radius * grown, np.minimum(walk.radius, walk.length[best]) / 4)
         walk.value[good], walk.alpha = there[good], np.where(good[:, None], walk.trials[best], walk.alpha)
         walk.slope[good], walk.hessian[good] = slopes[good, 0], ((bend + bend.swapaxes(1, 2)) / 2)[good]
         held = ((walk.alpha <= ends[0]) & (walk.slope > 0)) | ((walk.alpha >= ends[1]) & (walk.slope < 0))
@@ -408,6 +411,7 @@ class Race:
         size, axes = np.linalg.eigh(np.stack([curved + down[:, None] * down[..., None], curved], axis=1))
         along, limit = (down[:, None, None] @ axes)[:, :, 0], walk.radius[:, None, None]
         step = np.clip(-along / np.maximum(np.abs(size), 1e-3), -limit, limit)
+        walk.length = np.abs(step).max(axis=2)
         walk.hoped = -(step * (along + size * step / 2)).sum(axis=2)
         walk.hoped[:, 0] = -np.log(np.maximum(1 - walk.hoped[:, 0], 0.05))  # of J
         walk.trials = np.clip(walk.alpha[:, None] + walk.unit[:, None] * (axes @ step[..., None])[..., 0], *ends)

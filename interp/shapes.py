@@ -42,7 +42,7 @@ LAST = (3, 60)
 FEW = (24, 2)
 """Nodes in the core for a family with one shape number, and how many more with each degree."""
 
-ONE = (6, 4, 3, 2, 2, 2, 1, 1)
+ONE = (6, 4, 3, 2, 2, 2, 2, 1, 1)
 """How many starts of a family with one shape number, no two with the same, are improved by a step; by another; ..."""
 
 PAIRS = 5
@@ -51,7 +51,7 @@ PAIRS = 5
 FAR = 100.0
 """J, in the least of them, from which a start is left alone."""
 
-SETTLED = 5e-3
+SETTLED = 1e-2
 """The share of J for which no further step is taken there."""
 
 CHOSEN = 12
@@ -224,9 +224,8 @@ def _found(race: Race, frame: np.ndarray, alpha: np.ndarray) -> Found:
     lo, hi = race.joints(alpha[None])[0].tolist() if p.tails == "linear" else (-np.inf, np.inf)
     location, scale = frame
     if family.anywhere:
-        places = (
-            np.append(location, np.linspace(lo, hi, 9) if p.tails == "linear" else []).astype(np.float32).astype(float)
-        )
+        inside = [lo, (lo + hi) / 2, hi, min(max(p.domain.mean, lo), hi)] if p.tails == "linear" else [location]
+        places = np.array(inside).astype(np.float32).astype(float)
         frames = np.stack([places, np.full_like(places, scale)], axis=1)
         location = places[race.solve(frames, np.tile(alpha, (len(places), 1))).value.argmin()]
     if family.centred:
