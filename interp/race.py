@@ -113,6 +113,9 @@ class Sample:
     growth: np.ndarray
     """How that grows with the joint, where the tail is a tangent of the target."""
 
+    def __getitem__(self, rows) -> Sample:
+        return Sample(*(getattr(self, f.name)[rows] for f in fields(self)))
+
 
 @dataclass(frozen=True)
 class Solved:
@@ -134,6 +137,9 @@ class Solved:
     """What is left of the rows."""
     value: np.ndarray
     """J."""
+
+    def __getitem__(self, rows) -> Solved:
+        return Solved(*(getattr(self, f.name)[rows] for f in fields(self)))
 
 
 class Race:
@@ -178,7 +184,10 @@ class Race:
 
     def evaluate(self, frame: np.ndarray, alpha: np.ndarray) -> State:
         """Everything at these shapes and joints; where they are astray J is infinite."""
-        s = self.solve(frame, alpha)
+        return self.state(frame, alpha, self.solve(frame, alpha))
+
+    def state(self, frame: np.ndarray, alpha: np.ndarray, s: Solved) -> State:
+        """The same of what is solved."""
         jacobian = self.jacobian(alpha, frame[:, 1:], s)
         residual = np.concatenate([-s.forces / self.equality, s.inside], axis=1)
         for k, i in enumerate(self.free, self.inner):
@@ -199,7 +208,7 @@ class Race:
         """
         s, scale, lam = self.sample(frame[::each], alpha[::each]), frame[:, 1:], self.p.weight
         if each > 1:
-            s = Sample(*(np.repeat(getattr(s, f.name), each, axis=0) for f in fields(s)))
+            s = s[np.repeat(np.arange(len(s.joints)), each)]
         gram, right, slopes, numbers, forces, share, astray, _ = self.normal(s, scale, alpha)
         n = 0 if self.bare else 2
         inside = ((gram @ numbers[..., None])[..., 0] - 2 * right) * numbers
@@ -319,7 +328,7 @@ class Race:
         numbers = small / share[..., None]
         value = (inside**2).sum(axis=1) + (forces**2).sum(axis=(1, 2)) / self.equality**2
         value += self.outside(s, slopes[:, :2] / scale[..., None], numbers).sum(axis=1)
-        value = np.where(astray, np.inf, value)
+        value = np.where(astray | ~np.isfinite(value), np.inf, value)
         return Solved(s, values, slopes, root, share, system, matrix, numbers, forces[..., 0], inside, value)
 
     def jacobian(self, alpha: np.ndarray, scale: np.ndarray, s: Solved) -> np.ndarray:
@@ -444,13 +453,13 @@ class Race:
             step = -_solved(model, b[:, None])
             there = now.alpha[:, None] + step[..., 0] / unit[:, None]
             there[..., self.inner :] = there[..., self.inner :].clip(*self.p.ends)
-            trials = self.evaluate(np.repeat(now.frame, len(factors), axis=0), there.reshape(-1, n))
-            lane = trials.value.reshape(-1, len(factors)).argmin(axis=1)
-            index = np.arange(len(rows))
-            trial, step = trials[index * len(factors) + lane], step[index, lane]
+            tried = self.solve(np.repeat(now.frame, len(factors), axis=0), there.reshape(-1, n))
+            index, lane = np.arange(len(rows)), tried.value.reshape(-1, len(factors)).argmin(axis=1)
+            there, step = there[index, lane], step[index, lane]
+            trial = self.state(now.frame, there, tried[index * len(factors) + lane] if len(factors) > 1 else tried)
             expected = -(step * (2 * b + a @ step)).sum(axis=(1, 2))
             gain = now.value - trial.value
-            ratio = gain / np.maximum(expected, 1e-300)
+            ratio = gain / np.maximum(expected, 1e-100)
             good = (gain > 0) & (ratio > 1e-3)
             if len(lanes) > 1:
                 bent[rows] = _bent(bent[rows], now, trial)

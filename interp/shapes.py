@@ -36,6 +36,9 @@ HOPS, AFTER, PLACES, SIZES = 4, 2, 4, ((0.02, 0.1, 0.3), (0.05, 0.2, 0.5))
 HOP = ((24, 10), (6, 16))
 """How many hops are improved, by how many steps."""
 
+HOPPED = 1e-3
+"""The gain of a step, as a share of J, from which a hop is improved further."""
+
 LAST = (3, 60)
 """How many are improved on the fine nodes, by how many steps."""
 
@@ -63,7 +66,7 @@ EXACTLY = 10
 PLAIN = 0.01
 """What a winner may lose, as a share of J, by being a member of the smoother family."""
 
-OVER = ((1e2, 24, 40), (1e3, 8, 40), (1e5, 4, 60))
+OVER = ((1e2, 20, 40), (1e3, 6, 40), (1e5, 2, 50))
 """Where there are more equalities than linear numbers, so that shape and joints must help to meet them: weights of the
 equalities, starts that are kept, and their steps, one after the other."""
 
@@ -113,7 +116,7 @@ def search_shapes(p: Problem, sides: tuple[Side, Side]) -> Found:
     for seed in range(HOPS if smooth is None else AFTER):
         if found.value.min() <= race.floor:
             break
-        hops = _run(race, _hop(race, _best(found, PLACES), seed), HOP)
+        hops = _run(race, _hop(race, _best(found, PLACES), seed), HOP, HOPPED)
         found = _join([found, hops])
     dense = Race(p, p.family, sides, DENSE)
     best = _best(found, CHOSEN)
@@ -169,9 +172,9 @@ def _begin(p: Problem, race: Race) -> State:
     return race.evaluate(frame[rows], alpha[rows])
 
 
-def _run(race: Race, state: State, stages: tuple[tuple[int, int], ...]) -> State:
+def _run(race: Race, state: State, stages: tuple[tuple[int, int], ...], settled: float = 1e-4) -> State:
     for kept, steps in stages:
-        state = race.improve(_best(state, kept), steps)
+        state = race.improve(_best(state, kept), steps, settled)
     return state
 
 
