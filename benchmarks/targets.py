@@ -40,8 +40,8 @@ copy can.
 """
 
 COST = "## What a fit costs\n\n"
-CLOCK = """Milliseconds of one core, the least of five fits of a target (fewer where a fit takes long): for GELU, and the
-median and the most over all targets. Made by `OMP_NUM_THREADS=1 python benchmarks/targets.py --seconds`."""
+CLOCK = """Milliseconds of one core, the least of five fits of a target (fewer where a fit takes long): for GELU, and
+the median and the most over all targets. Made by `OMP_NUM_THREADS=1 python benchmarks/targets.py --seconds`."""
 
 
 def degree(family: Family, size: int) -> int:
