@@ -6,17 +6,21 @@ import tempfile
 from collections.abc import Callable
 from math import ceil
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..convert.data import Batches, batches, predicts_next
+from ..convert.fidelity import outputs
 from ..convert.names import portable
 from ..convert.sources import Source
+from ..interp import engine
+from ..interp.activation import counted
 from ..interp.errors import OrthoactError
 from .distill import Distillation
-from .evaluate import Objective
+from .evaluate import Objective, measure
 from .examples import Stream
 from .launch import make_accelerator
 from .loop import Job, loop
@@ -24,11 +28,15 @@ from .monitor import Monitor
 from .parameters import choose
 from .recipe import Recipe
 from .sections import Train
+from .solve import solve
 from .state import States
 from .swap import Swap
 
 LENGTH = 256
 """Tokens of a window of a causal model."""
+
+SOLVED = 8
+"""Batches that the start is solved on."""
 
 COARSE = 0.1
 """The divergence from which a conversion counts as coarse: its sites are then swapped one after the other."""
@@ -50,16 +58,20 @@ def recover(
 ) -> dict[str, Any]:
     """Train the activations of the converted model of `source` towards its original, in place, on `data`.
 
+    First each activation is set to the least squares on its own inputs (`solve`), if that brings the model nearer to
+    its original; then all are trained together.
+
     `data` is what `convert.data.batches` takes, without labels; a tenth of it, at least one batch, is held out. Each
     step takes one batch of `batch_size` texts, images or windows of `LENGTH` tokens. `what` is that of `choose`: with
     the default no weight changes; `rate` is that of the activations, `weight_rate` of all else. `swap` is that of
-    `Swap`; `auto` swaps site by site where the conversion is coarse. Where the held-out divergence is no better in the
+    `Swap`; `auto` swaps site by site where the start is coarse. Where the held-out divergence is no better in the
     end than at the start, the start is kept. `limit` bounds the texts, images or tokens that are read; by default what
     the steps can take.
 
     Returns `data` (of a path of this machine the last part), `steps`, `trained` (numbers), `swap`, `divergence_before`,
-    `divergence` (of the held-out part, see `Distillation`), `outside` (the largest share of a site's inputs outside its
-    core) and `seconds`. Raises `OrthoactError` for data that do not fit or are too few.
+    `divergence_solved` and `divergence` (of the held-out part, see `Distillation`; at the start, before the first step
+    and in the end), `outside` (the largest share of a site's inputs outside its core) and `seconds`. Raises
+    `OrthoactError` for data that do not fit or are too few.
     """
     model = source.model
     if steps < 1:
@@ -80,19 +92,28 @@ def recover(
         evaluate_every=max(1, ceil(steps / 4)),
         save_every=steps,
     )
+    began = perf_counter()
     accelerator = make_accelerator(Recipe(train=train), None, None)
     trainable = choose(model, what, learning_rate=weight_rate, activation_learning_rate=rate, head=False)
-    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     taught = Distillation(model)
     objective = Objective(model, taught.loss)
+    device = next(model.parameters()).device
+    items = [{k: v.to(device) for k, v in item.items()} for item in held]
+    before = measure(objective, items, "divergence", accelerator)["loss"]
+    start = _kept(model)
+    solve(model, taught, training.items[:SOLVED])
+    solved = measure(objective, items, "divergence", accelerator)["loss"]
+    if not solved < before:
+        solved = before
+        _restore(model, start)
+    start = _kept(model)
     if swap == "auto":
-        with torch.no_grad():
-            first = taught.loss(model, {k: v.to(next(model.parameters()).device) for k, v in held[0].items()})
-        swap = None if first.item() < COARSE else "sites"
+        swap = None if solved < COARSE else "sites"
     if swap is not None:
         taught.swap = Swap(model, swap, steps=max(1, steps // 2))
     sites: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder, Monitor(model) as monitor:
+    path = engine.suited(_values(model, items[0]) * steps, training=True, device=device)
+    with tempfile.TemporaryDirectory() as folder, engine.using(path), Monitor(model) as monitor:
         job = Job(
             objective=objective,
             groups=trainable.groups,
@@ -109,12 +130,10 @@ def recover(
             seed=seed,
         )
         found = loop(job, accelerator)
-    before, after = found["zero_step"]["loss"], (found["best"] or found["validation"])["loss"]
-    if not after < before:
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if name in start:
-                    p.copy_(start[name])
+    after = (found["best"] or found["validation"])["loss"]
+    if not after < solved:
+        after = solved
+        _restore(model, start)
     trainable.finish()
     model.eval()
     return {
@@ -123,9 +142,10 @@ def recover(
         "trained": trainable.total,
         "swap": swap,
         "divergence_before": before,
-        "divergence": min(before, after),
+        "divergence_solved": solved,
+        "divergence": after,
         "outside": max((row["outside"] for row in sites.values()), default=0.0),
-        "seconds": found["seconds"],
+        "seconds": round(perf_counter() - began, 3),
     }
 
 
@@ -143,6 +163,25 @@ class _Batches:
 
     def trained(self, i: int, epoch: int, seed: int) -> dict[str, Tensor]:
         return self.items[i]
+
+
+def _kept(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of what trains."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _restore(model: nn.Module, kept: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name in kept:
+                p.copy_(kept[name])
+
+
+def _values(model: nn.Module, batch: dict[str, Tensor]) -> int:
+    """How many values the activations compute at a pass."""
+    with torch.no_grad(), counted(model) as values:
+        outputs(model, batch)
+    return sum(values)
 
 
 def _only(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:

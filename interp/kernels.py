@@ -155,7 +155,8 @@ def _known(options: dict[str, Any]) -> dict[str, Any]:
     """Those of the compiler's options that this version of torch has."""
     from torch._inductor import config
 
-    return {key: value for key, value in options.items() if key in config._config}
+    known = config.get_config_copy()
+    return {key: value for key, value in options.items() if key in known}
 
 
 @contextmanager

@@ -29,6 +29,12 @@ STREAMS = 4
 """Places that a loop goes through side by side, so that the memory is asked for more than one; and rows of channels,
 so that their numbers are read once for all."""
 
+LINE = 64
+"""Bytes of a line of a cache."""
+
+PAST = 2**20
+"""Values of a result that is written past the caches, which have no room for it: lines need not be read before."""
+
 LONG = 24
 """Numbers of a formula from which it stands in a loop once: machine code of several takes seconds to make."""
 
@@ -42,7 +48,7 @@ TOLD = *SIZES, "x", "grad", "out", "numbers", "frame", "sums", "held"
 OPENMP = "omp_get_thread_num", "omp_get_num_threads"
 """What a thread asks: which it is, of how many; there may be fewer than were asked for."""
 
-ONE, SEVERAL = "one", "several"
+ONE, SEVERAL, STRAIGHT = "one", "several", "straight"
 """The functions over the values of a row, and of rows side by side."""
 
 Formula = Callable[[Any, list[Any], list[Any]], tuple[Any, list[Any]]]
@@ -69,8 +75,10 @@ class Code:
         self.read, self.type, self.double = types[dtype], types[wide], ir.DoubleType()
         self.int, self.pointer = ir.IntType(64), ir.PointerType()
         self.streams = 2 * STREAMS if channels and not steep else STREAMS
+        self.lanes = LINE // (8 if wide == torch.float64 else 4)
         one = self.row(1)
         several = self.row(self.streams) if (channels or not steep) and count <= LONG else None
+        past = self.past() if several and not channels and self.read == self.type else None
         (address,) = self.function("loop", [self.pointer]).args
         b, self.told = self.b, {}
         for k, name in enumerate(TOLD):
@@ -82,8 +90,13 @@ class Code:
         with self.steps(first, self.told["parts"]) as (part, advance):
             start = b.mul(part, self.told["step"])
             stop = self.least(b.add(start, self.told["step"]), self.told["size"])
-            (self.over_channels if channels else self.over_rows)(part, start, stop, one, several)
+            if channels:
+                self.over_channels(part, start, stop, one, several)
+            else:
+                self.over_rows(part, start, stop, one, several, past)
             advance(b.add(part, step))
+        if past:
+            b.fence("seq_cst")  # such writes are in no order with others
         b.ret_void()
         self.source = str(self.module)
 
@@ -95,7 +108,9 @@ class Code:
 
     # -- over all values of a thread ----------------------------------------------------------------------------------
 
-    def over_rows(self, part: Instruction, start: Instruction, stop: Instruction, one: Any, several: Any) -> None:
+    def over_rows(
+        self, part: Instruction, start: Instruction, stop: Instruction, one: Any, several: Any, past: Any
+    ) -> None:
         """Over values of which those of a row, `inner` of them, share their numbers."""
         b, columns, inner = self.b, self.told["columns"], self.told["inner"]
         totals = self.place(self.told["sums"], b.mul(part, b.mul(columns, self.int(self.parts))), self.double)
@@ -106,7 +121,19 @@ class Code:
             own, sums = self.place(self.told["numbers"], column), self.place(totals, column, self.double)
             if several:
                 stream = b.sdiv(b.sub(end, at), self.int(self.streams))
-                self.call(several, at, stream, stream, own, sums)
+                if past:
+                    out = b.ptrtoint(self.place(self.told["out"], at, self.read), self.int)
+                    whole = b.icmp_signed("==", b.and_(out, self.int(LINE - 1)), self.int(0))
+                    long = b.icmp_signed(">=", self.told["size"], self.int(PAST))
+                    straight = b.and_(whole, long)
+                    stream = b.select(straight, b.and_(stream, self.int(-self.lanes)), stream)
+                    with b.if_else(straight) as (yes, no):
+                        with yes:
+                            self.call(past, at, stream, stream, own, sums)
+                        with no:
+                            self.call(several, at, stream, stream, own, sums)
+                else:
+                    self.call(several, at, stream, stream, own, sums)
                 at = b.add(at, b.mul(stream, self.int(self.streams)))
             elif self.steep:
                 end = self.least(end, b.add(at, self.int(CHUNK)))
@@ -149,7 +176,7 @@ class Code:
         self, row: Any, at: Instruction, step: Instruction, size: Instruction, numbers: Instruction, sums: Instruction
     ) -> None:
         """Call a function over the values of as many rows side by side as it takes, each a step after the other."""
-        streams = self.streams if row.name == SEVERAL else 1
+        streams = 1 if row.name == ONE else self.streams
         places = [self.b.add(at, self.b.mul(step, self.int(k))) for k in range(streams)]
         tensors = [self.place(self.told[name], place, self.read) for place in places for name in ("x", "grad", "out")]
         self.b.call(row, [*tensors, numbers, self.told["frame"], sums, self.told["columns"], size])
@@ -186,6 +213,25 @@ class Code:
                 self.add(sums, self.b.mul(stride, self.int(k)), self.b.load(total, typ=self.type))
         self.b.ret_void()
         self.parts = len(totals)
+        return made
+
+    def past(self) -> Any:
+        """As `row`, over rows of whole lines: what is written does not go through the caches."""
+        made = self.function(STRAIGHT, [self.pointer] * (3 * self.streams + 3) + [self.int] * 2)
+        made.linkage = "internal"
+        set.update(made.attributes, ["noinline", '"prefer-vector-width"="512"'])
+        *tensors, numbers, frame, _, stride, size = made.args
+        trace = Trace(self.b, self.type, self.lanes)
+        joints = [Number(trace, trace.spread(self.load(frame, self.int(k)))) for k in range(4)]
+        own = [Number(trace, trace.spread(one.value)) for one in self.numbers(trace, numbers, stride)]
+        tag = self.module.add_metadata([self.ir.IntType(32)(1)])
+        with self.steps(self.int(0), size) as (i, advance):
+            for k in range(self.streams):
+                x, _, out = (self.place(tensor, i) for tensor in tensors[3 * k : 3 * k + 3])
+                result, _ = self.formula(Number(trace, self.b.load(x, typ=trace.made, align=4)), own, joints)
+                self.b.store(trace.value(result), out, align=LINE).set_metadata("nontemporal", tag)
+            advance(self.b.add(i, self.int(self.lanes)))
+        self.b.ret_void()
         return made
 
     def point(

@@ -17,8 +17,7 @@ FUSED = ("contract",)
 
 def _intrinsic(name: str) -> Callable[..., Any]:
     def call(trace: Trace, *inputs: Any) -> Any:
-        builder = trace.builder
-        return builder.call(builder.module.declare_intrinsic(f"llvm.{name}", [trace.type]), inputs)
+        return trace.builder.call(trace.intrinsic(name), inputs)
 
     return call
 
@@ -67,14 +66,37 @@ class Trace:
     'fmul'
     """
 
-    def __init__(self, builder: Any, type: Any):
-        self.builder, self.type = builder, type
+    def __init__(self, builder: Any, type: Any, lanes: int = 0):
+        from llvmlite import ir
+
+        self.builder, self.type, self.lanes = builder, type, lanes
+        self.made = ir.VectorType(type, lanes) if lanes else type
+        """What an instruction makes: a number, or `lanes` of them at once."""
+
+    def constant(self, value: float) -> Any:
+        return self.made([value] * self.lanes if self.lanes else value)
+
+    def intrinsic(self, name: str) -> Any:
+        from llvmlite import ir
+
+        full = f"llvm.{name}.{f'v{self.lanes}' * bool(self.lanes)}{self.type.intrinsic_name}"
+        module = self.builder.module
+        return module.globals.get(full) or ir.Function(module, ir.FunctionType(self.made, [self.made]), full)
+
+    def spread(self, value: Any) -> Any:
+        """A number, in every lane."""
+        if not self.lanes:
+            return value
+        from llvmlite import ir
+
+        first = self.builder.insert_element(self.made(ir.Undefined), value, ir.IntType(32)(0))
+        return self.builder.shuffle_vector(first, first, ir.VectorType(ir.IntType(32), self.lanes)([0] * self.lanes))
 
     def value(self, one: Any) -> Any:
         """What stands for a number, a truth (one or zero) or a constant."""
         if isinstance(one, Truth):
-            return self.builder.select(one.value, self.type(1.0), self.type(0.0))
-        return one.value if isinstance(one, Number) else self.type(float(one))
+            return self.builder.select(one.value, self.constant(1.0), self.constant(0.0))
+        return one.value if isinstance(one, Number) else self.constant(float(one))
 
     def number(self, operation: Callable[..., Any], *inputs: Any) -> Number:
         return Number(self, operation(self, *map(self.value, inputs)))

@@ -408,6 +408,16 @@ assert engine.get_path() == "eager" and "kernels cannot be made" in engine.descr
 # -- kernels, as on a GPU: some seconds for each -----------------------------------------------------------------------
 
 
+def test_options_that_a_torch_does_not_have_are_left_out(without_loops, monkeypatch):
+    """torch 2.11 lacks some of 2.14's, and refuses what it does not know."""
+    monkeypatch.setitem(kernels.OPTIONS, "realize_of_another_version", 1)
+    monkeypatch.setitem(kernels.OPTIONS, "cpp.of_another_version", 1)
+    act, x = activation("hermite", degree=3), torch.randn(5000)
+    with torch.no_grad(), engine.using("compiled"):
+        torch.testing.assert_close(act(x), by_hand(act, x).float(), rtol=0, atol=1e-5)
+    assert not engine.broken() and any(name == "values" for name, *_ in kernels._kernels)
+
+
 def test_a_kernel_of_values_takes_any_size(without_loops):
     act = activation("fourier", degree=2)
     with torch.no_grad(), engine.using("compiled"):

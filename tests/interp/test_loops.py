@@ -77,6 +77,25 @@ def test_any_size(size, groups):
         equal(derivatives(act, x, weights), derivatives(act, x, weights, "torch"), 2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("family", NAMES)
+def test_large_results_are_written_past_the_caches(family, dtype):
+    """Whole lines of vectors, the rest one by one; also where groups begin in the midst of a line."""
+    size, threads = machine.PAST + 5 * 16 + 3, torch.get_num_threads()
+    x = 3 * torch.randn(size, dtype=dtype)
+    rows = 3 * torch.randn(5, 3, machine.PAST // 15 + 40, dtype=dtype)  # some begin a line and some do not
+    for some, options in ((x, {}), (x[1:], {}), (rows, {"groups": 3, "channel": 1}), (rows[:, :, :-1], {})):
+        act = activation(family, **options)
+        with torch.no_grad():
+            with engine.using("torch"):
+                wanted = act(some)
+            for team in (1, 2, 3):
+                torch.set_num_threads(team)
+                got = act(some)
+                torch.set_num_threads(threads)
+                equal([got], [wanted], EXACT[dtype])
+
+
 @pytest.mark.parametrize("width", [machine.WIDTH - 1, machine.WIDTH + 1, 2 * machine.WIDTH + 3])
 def test_more_channels_than_a_block(width):
     act = activation(groups=width)
