@@ -233,7 +233,11 @@ class Race:
         return gram, right, slopes, numbers[..., 0], forces[..., 0], share, astray, series
 
     def gradient(self, frame: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """J and its gradient by shape and joints: what is linear is at its best and adds nothing to it."""
+        """J and its gradient by shape and joints, for families that are not centred.
+
+        What is linear is at its best and adds nothing to it. How the shares move is left out, and the penalty of steep
+        cores.
+        """
         s, scale, lam = self.sample(frame, alpha), frame[:, 1:], self.p.weight
         _, _, slopes, numbers, forces, share, astray, series = self.normal(s, scale, alpha)
         n = 0 if self.bare else 2

@@ -15,7 +15,7 @@ from numpy.polynomial import hermite_e
 import orthoact
 from orthoact.cli import main
 from orthoact.interp import FAMILIES, Activation, Family, OrthoactError, fit, get_family
-from orthoact.interp.domains import Gaussian
+from orthoact.interp.domains import Gaussian, Uniform
 from orthoact.interp.family import Linear, Piecewise, Separable
 from orthoact.interp.problem import Problem
 from orthoact.interp.race import Race
@@ -322,6 +322,64 @@ def test_the_value_of_a_start_is_that_of_its_state(family, degree):
     best = np.argsort(state.value)[:4]
     np.testing.assert_allclose(values[best], state.value[best], rtol=1e-2, atol=1e-12)
     assert (values >= 0.5 * state.value - 1e-9)[finite].all()
+
+
+@pytest.mark.parametrize("degree", [1, 3, 8, 16])
+@pytest.mark.parametrize("alike", [False, True])
+def test_normal_equations_of_waves_are_those_of_their_columns(degree, alike):
+    """From moments; and with the same nodes for all, of which many starts have the same shape."""
+    family, random, linear = get_family("fourier"), np.random.default_rng(degree), 2 * degree + 1
+    z = np.tile(np.linspace(-3, 2, 60), (6, 1)) + (0 if alike else random.normal(size=(6, 1)))
+    shape = np.array([0.8, 0.3, 0.8, 0.5, 0.3, 0.8])[:, None]
+    w, f, d = random.uniform(size=(6, 58)), np.tanh(z[:, 2:]), np.cos(z[:, 2:])
+    got = family.normal(shape, z, w, f, d, np.full((6, 1), 0.3), linear)
+    wanted = Separable.normal(family, shape, z, w, f, d, np.full((6, 1), 0.3), linear)
+    for mine, other in zip([*got[:3], *got[3]], [*wanted[:3], *wanted[3]], strict=True):
+        close(mine, other, 1e-10 * np.abs(other).max())
+    numbers = random.normal(size=(6, linear))
+    for mine, other in zip(got[4](numbers), wanted[4](numbers), strict=True):
+        close(mine, other, 1e-6 * np.abs(other).max())
+
+
+@pytest.mark.parametrize(("name", "degree"), [("fourier", 2), ("fourier", 5)])
+@pytest.mark.parametrize("target", ["mish", "xielu", "softsign", "elu"])
+def test_the_gradient_is_that_of_j(name, degree, target):
+    """By differences; xielu and softsign have tails that turn with a joint, elu one joint on its kink.
+
+    To some per cent: the tails are sums over the law's cells. Low frequencies, whose numbers are large, are left out:
+    that the rows which keep these small move with the shape is no part of it.
+    """
+    p = Problem(get_target(target), get_family(name), degree, Gaussian(), "linear", 0.01)
+    race = Race(p, p.family, p.choose_sides()[0], 64)
+    frame, alpha, _ = _starts(p, race)
+    value, gradient = race.gradient(frame, alpha)
+    inside = (np.abs(race.joints(alpha)) < 8.9).all(axis=1) & (alpha[:, : race.shapes].min(axis=1) > 0.2)
+    rows = np.flatnonzero(np.isfinite(value) & inside & (value > 1e-6))[:40]
+    assert len(rows) > 5
+    for k in range(alpha.shape[1]):
+        step = 1e-4 * np.eye(alpha.shape[1])[k]
+        there, here = (race.gradient(frame[rows], alpha[rows] + sign * step)[0] for sign in (1, -1))
+        wanted = (there - here) / 2e-4
+        error = np.abs(wanted - gradient[rows, k]) / (np.abs(gradient[rows]).max(axis=1) + value[rows])
+        assert np.median(error) < 0.01 and np.quantile(error, 0.9) < 0.05, f"number {k}: {error.max():.1e}"
+
+
+@pytest.mark.parametrize("target", ["gelu", "tanh", "softplus", "quick_gelu"])
+@pytest.mark.parametrize(
+    "law", [Gaussian(-0.5, 0.7), Gaussian(1, 2), Uniform(-3, 3)], ids=["narrow", "wide", "uniform"]
+)
+def test_one_frequency_is_the_best_under_any_law(target, law):
+    """No frequency of a grid, with joints from a grid, is better."""
+    p = Problem(get_target(target), get_family("fourier"), 4, law, "linear", 0.01)
+    race = Race(p, p.family, p.choose_sides()[0], 64)
+    centre, spread = p.bend()
+    lo, hi, w = (g.ravel() for g in np.meshgrid(*[np.geomspace(1, 6, 12)] * 2, np.linspace(0.05, 0.95, 19)))
+    joints = np.stack([centre - spread * lo, centre + spread * hi], axis=1).clip(*p.ends)
+    frame = np.stack([joints.mean(axis=1), np.ptp(joints, axis=1) / (2 * np.pi)], axis=1)
+    copy = fit(target, family="fourier", degree=4, domain=law)
+    race.rounding = 1e-3 * copy.objective**0.5  # numbers that cancel each other count, as in the search
+    mine = race.values(np.array([[copy.location, copy.scale]]), np.array([[copy.coefficients[-1], copy.lo, copy.hi]]))
+    assert mine.item() < 1.05 * race.values(frame, np.concatenate([w[:, None], joints], axis=1)).min()
 
 
 def lines(start, kinks, jumps) -> list[tuple[float, float]]:
