@@ -32,6 +32,9 @@ so that their numbers are read once for all."""
 LINE = 64
 """Bytes of a line of a cache."""
 
+AHEAD = 8
+"""Lines by which what is read is asked for before."""
+
 PAST = 2**20
 """Values of a result that is written past the caches, which have no room for it: lines need not be read before."""
 
@@ -224,10 +227,14 @@ class Code:
         trace = Trace(self.b, self.type, self.lanes)
         joints = [Number(trace, trace.spread(self.load(frame, self.int(k)))) for k in range(4)]
         own = [Number(trace, trace.spread(one.value)) for one in self.numbers(trace, numbers, stride)]
-        tag = self.module.add_metadata([self.ir.IntType(32)(1)])
+        yes = self.ir.IntType(32)(1)
+        tag = self.module.add_metadata([yes])
+        asked = self.ir.FunctionType(self.ir.VoidType(), [self.pointer, *[yes.type] * 3])
+        prefetch = self.ir.Function(self.module, asked, "llvm.prefetch.p0")
         with self.steps(self.int(0), size) as (i, advance):
             for k in range(self.streams):
                 x, _, out = (self.place(tensor, i) for tensor in tensors[3 * k : 3 * k + 3])
+                self.b.call(prefetch, [self.place(x, self.int(AHEAD * self.lanes)), yes.type(0), yes.type(3), yes])
                 result, _ = self.formula(Number(trace, self.b.load(x, typ=trace.made, align=4)), own, joints)
                 self.b.store(trace.value(result), out, align=LINE).set_metadata("nontemporal", tag)
             advance(self.b.add(i, self.int(self.lanes)))
