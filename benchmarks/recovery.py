@@ -239,15 +239,15 @@ def rated(cell: Cell) -> float:
 
 
 def change(values: list[float]) -> str:
-    """Per cent; the conversion itself is the same for every seed."""
-    if max(values) == min(values):
+    """Per cent; the conversion itself is the same for every seed, to rounding."""
+    if max(values) - min(values) <= 1e-3 * max(map(abs, values)):
         return f"{values[0]:+.2f}"
     return f"{'+' if sum(values) > 0 else ''}{spread(values, 2)}"
 
 
 def short(values: list[float]) -> str:
     middle = mean(values)
-    if max(values) == min(values):
+    if max(values) - min(values) <= 1e-3 * middle:
         return f"{middle:.1e}"
     return f"{middle:.1e} ± {stdev(values):.0e}"
 
