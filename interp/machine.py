@@ -78,10 +78,10 @@ class Code:
         self.read, self.type, self.double = types[dtype], types[wide], ir.DoubleType()
         self.int, self.pointer = ir.IntType(64), ir.PointerType()
         self.streams = 2 * STREAMS if channels and not steep else STREAMS
-        self.lanes = LINE // (8 if wide == torch.float64 else 4)
+        self.lanes = LINE // dtype.itemsize
         one = self.row(1)
         several = self.row(self.streams) if (channels or not steep) and count <= LONG else None
-        past = self.past() if several and not channels and self.read == self.type else None
+        past = self.past() if several and not channels else None
         (address,) = self.function("loop", [self.pointer]).args
         b, self.told = self.b, {}
         for k, name in enumerate(TOLD):
@@ -233,10 +233,12 @@ class Code:
         prefetch = self.ir.Function(self.module, asked, "llvm.prefetch.p0")
         with self.steps(self.int(0), size) as (i, advance):
             for k in range(self.streams):
-                x, _, out = (self.place(tensor, i) for tensor in tensors[3 * k : 3 * k + 3])
-                self.b.call(prefetch, [self.place(x, self.int(AHEAD * self.lanes)), yes.type(0), yes.type(3), yes])
-                result, _ = self.formula(Number(trace, self.b.load(x, typ=trace.made, align=4)), own, joints)
-                self.b.store(trace.value(result), out, align=LINE).set_metadata("nontemporal", tag)
+                x, _, out = (self.place(tensor, i, self.read) for tensor in tensors[3 * k : 3 * k + 3])
+                ahead = self.place(x, self.int(AHEAD * self.lanes), self.read)
+                self.b.call(prefetch, [ahead, yes.type(0), yes.type(3), yes])
+                some = self.wide(self.b.load(x, typ=self.ir.VectorType(self.read, self.lanes), align=2))
+                result = trace.value(self.formula(Number(trace, some), own, joints)[0])
+                self.b.store(self.narrow(result), out, align=LINE).set_metadata("nontemporal", tag)
             advance(self.b.add(i, self.int(self.lanes)))
         self.b.ret_void()
         return made
@@ -296,21 +298,30 @@ class Code:
         return self.b.select(self.b.icmp_signed("<", a, b), a, b)
 
     def wide(self, value: Any) -> Any:
-        """In the type of the numbers what was read; a bfloat16 is the upper half of a float32."""
-        if value.type == self.type:
+        """In the type of the numbers what was read, a value or a vector; a bfloat16 is the upper half of a float32."""
+        if self.read == self.type:
             return value
-        bits = self.b.zext(value, self.ir.IntType(32))
-        return self.b.bitcast(self.b.shl(bits, bits.type(16)), self.type)
+        bits = self.b.zext(value, self.like(value, self.ir.IntType(32)))
+        return self.b.bitcast(self.b.shl(bits, self.whole(bits, 16)), self.like(value, self.type))
 
     def narrow(self, value: Any) -> Any:
         """In the type that is written; of two bfloat16 that are as near the even one."""
         if self.read == self.type:
             return value
-        b, half = self.b, self.ir.IntType(16)
-        bits = b.bitcast(value, self.ir.IntType(32))
-        odd = b.and_(b.lshr(bits, bits.type(16)), bits.type(1))
-        near = b.trunc(b.lshr(b.add(bits, b.add(odd, bits.type(0x7FFF))), bits.type(16)), half)
-        return b.select(b.fcmp_unordered("uno", value, value), half(0x7FC0), near)
+        b = self.b
+        bits = b.bitcast(value, self.like(value, self.ir.IntType(32)))
+        odd = b.and_(b.lshr(bits, self.whole(bits, 16)), self.whole(bits, 1))
+        near = b.add(bits, b.add(odd, self.whole(bits, 0x7FFF)))
+        near = b.trunc(b.lshr(near, self.whole(bits, 16)), self.like(value, self.read))
+        return b.select(b.fcmp_unordered("uno", value, value), self.whole(near, 0x7FC0), near)
+
+    def like(self, value: Any, type: Any) -> Any:
+        """The type for as many of `type` as `value` has."""
+        return self.ir.VectorType(type, value.type.count) if isinstance(value.type, self.ir.VectorType) else type
+
+    def whole(self, value: Any, number: int) -> Any:
+        """A whole number of the type of `value`, in all places."""
+        return value.type([number] * value.type.count if isinstance(value.type, self.ir.VectorType) else number)
 
 
 @lru_cache(maxsize=1)
