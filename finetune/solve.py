@@ -23,7 +23,7 @@ RIDGE = 1e-2
 def solve(
     model: nn.Module, taught: Distillation, batches: Iterable[dict[str, Tensor]], *, ridge: float = RIDGE
 ) -> None:
-    r"""Move the numbers of every activation, group by group, to the least squares on its own inputs, in place.
+    r"""Move the numbers of every activation that trains, group by group, to the least squares on its own inputs, in place.
 
     $$\min_d \sum_i (f(x_i) - F(x_i) - \phi(x_i) \cdot d)^2 + ridge \cdot N |d|^2, \quad \phi = dF / d\theta$$
 
@@ -42,7 +42,8 @@ def solve(
     >>> bool(taught.loss(net, batch) < before)
     True
     """
-    systems = {m: _System(m) for m in model.modules() if isinstance(m, Activation)}
+    acts = [m for m in model.modules() if isinstance(m, Activation) and m.theta.requires_grad]
+    systems = {act: _System(act) for act in acts}
     batches = list(batches)
     _meet(model, taught, batches, {act: system.add for act, system in systems.items()})
     with torch.no_grad():

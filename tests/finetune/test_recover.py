@@ -117,6 +117,13 @@ def test_the_start_is_solved_on_the_model_s_own_inputs(family, groups):
     assert count == 1 or theta.std(0).gt(0).all(), "each group has its own"
 
 
+def test_what_does_not_train_is_not_solved(text):
+    source = load_source("demo")
+    convert_(source.model, degree=3)
+    found = recover(source, text, steps=2, batch_size=2, what="norms")
+    assert not numbers(source.model).any() and found["divergence_solved"] == found["divergence_before"]
+
+
 def test_padding_is_no_input():
     """The ids under the mask do not matter."""
     ids, mask = torch.randint(5, 60, (4, 12), generator=torch.Generator().manual_seed(0)), torch.ones(4, 12).long()
