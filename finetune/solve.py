@@ -23,7 +23,7 @@ RIDGE = 1e-2
 def solve(
     model: nn.Module, taught: Distillation, batches: Iterable[dict[str, Tensor]], *, ridge: float = RIDGE
 ) -> None:
-    r"""Move the numbers of every activation that trains, group by group, to the least squares on its own inputs, in place.
+    r"""Move the numbers of each activation that trains, group by group, to the least squares on its inputs, in place.
 
     $$\min_d \sum_i (f(x_i) - F(x_i) - \phi(x_i) \cdot d)^2 + ridge \cdot N |d|^2, \quad \phi = dF / d\theta$$
 
