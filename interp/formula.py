@@ -38,8 +38,12 @@ def standardised(x: Array, frame: Frame) -> tuple[Array, Array, Array]:
         beyond = x - inside
         above = beyond.relu()
         return beyond.neg_().relu_(), above, inside.mul_(frame.unit).add_(frame.offset)
-    # of `clip` torch takes half of the derivative at a joint
-    inside = where(x < frame.lo, frame.lo, where(x > frame.hi, frame.hi, x))
+    if torch.is_tensor(
+        x
+    ):  # of `clip` torch takes half of the derivative at a joint; of two `where` it keeps both tests
+        inside = where((x >= frame.lo) & (x <= frame.hi), x, x.detach().clip(frame.lo, frame.hi))
+    else:
+        inside = where(x < frame.lo, frame.lo, where(x > frame.hi, frame.hi, x))
     return relu(inside - x), relu(x - inside), fma(inside, frame.unit, frame.offset)
 
 
