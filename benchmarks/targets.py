@@ -39,9 +39,12 @@ its tangents at the joints, and `Fit.holds` has the range in which the copy hold
 copy can.
 """
 
+PASSES = 5
+"""How often all fits are timed, minutes apart: a machine may be slow for a while."""
+
 COST = "## What a fit costs\n\n"
-CLOCK = """Milliseconds of one core, the least of five fits of a target (fewer where a fit takes long): for GELU, and
-the median and the most over all targets. Made by `OMP_NUM_THREADS=1 python benchmarks/targets.py --seconds`."""
+CLOCK = f"""Milliseconds of one core, the least of {PASSES} passes over all fits: for GELU, and the median and the most
+over all targets. Made by `OMP_NUM_THREADS=1 python benchmarks/targets.py --seconds`."""
 
 
 def degree(family: Family, size: int) -> int:
@@ -79,30 +82,27 @@ def table(size: int) -> str:
     return "\n".join(lines)
 
 
-def least(target: str, family: Family, n: int) -> float:
-    """Milliseconds of a fit: the least of five, or of as many as are done in half of a second."""
-    taken = []
-    while len(taken) < 5 and sum(taken) < 500:
-        taken.append(1e3 * fit(target, family=family.name, degree=n).seconds)
-    return min(taken)
-
-
 def seconds() -> str:
     """Milliseconds of a fit over all targets, for each family and size, beside what it may take."""
-    lines = [CLOCK, "", "| family | numbers | GELU | median | most | bar | over it |", "|---" * 7 + "|"]
-    for family in FAMILIES.values():
-        for n in TIMED.get(family.name, [degree(family, size) for size in SIZES]):
-            taken, bar = {}, BARS.get(family.name, 300)
+    rows = [(f, n) for f in FAMILIES.values() for n in TIMED.get(f.name, [degree(f, size) for size in SIZES])]
+    taken: dict[tuple[str, int], dict[str, float]] = {(family.name, n): {} for family, n in rows}
+    for _ in range(PASSES):
+        for family, n in rows:
+            found = taken[family.name, n]
             for target in TARGETS:
                 try:
-                    taken[target] = least(target, family, n)
+                    ms = 1e3 * fit(target, family=family.name, degree=n).seconds
                 except OrthoactError:
                     continue
-            most, over = max(taken, key=taken.__getitem__), sum(ms > bar for ms in taken.values())
-            cells = [family.name, f"{family.size(n)}", f"{taken['gelu']:.1f}", f"{median(taken.values()):.1f}"]
-            cells += [f"{taken[most]:.1f} ({most})", f"{bar}", f"{over} of {len(taken)}"]
-            lines.append("| " + " | ".join(cells) + " |")
-            print(lines[-1], flush=True)
+                found[target] = min(ms, found.get(target, ms))
+    lines = [CLOCK, "", "| family | numbers | GELU | median | most | bar | over it |", "|---" * 7 + "|"]
+    for family, n in rows:
+        found, bar = taken[family.name, n], BARS.get(family.name, 300)
+        most, over = max(found, key=found.__getitem__), sum(ms > bar for ms in found.values())
+        cells = [family.name, f"{family.size(n)}", f"{found['gelu']:.1f}", f"{median(found.values()):.1f}"]
+        cells += [f"{found[most]:.1f} ({most})", f"{bar}", f"{over} of {len(found)}"]
+        lines.append("| " + " | ".join(cells) + " |")
+        print(lines[-1], flush=True)
     return "\n".join(lines)
 
 

@@ -209,7 +209,8 @@ class Separable(Family):
 
         def series(numbers: np.ndarray) -> tuple[np.ndarray, ...]:
             value, slope = (values @ numbers[..., None])[..., 0], (slopes @ numbers[..., None])[..., 0]
-            return value, slope, self.bend(numbers, shape, z), *self.turns(numbers, shape, z, values, slopes)
+            bend, turns = (of(numbers, shape, z, values, slopes) for of in (self.bend, self.turns))
+            return value, slope, bend, *turns
 
         return gram + steep @ slopes[:, ends:], right, share, (values[:, :ends], slopes[:, :ends]), series
 
@@ -221,7 +222,9 @@ class Separable(Family):
         linear = numbers.shape[1]
         return _stack(by[linear:], z), _stack(slopes_by[linear:], z)
 
-    def bend(self, numbers: np.ndarray, shape: np.ndarray, z: np.ndarray) -> np.ndarray:
+    def bend(
+        self, numbers: np.ndarray, shape: np.ndarray, z: np.ndarray, values: np.ndarray, slopes: np.ndarray
+    ) -> np.ndarray:
         """S'' at `z`, (starts, points), likewise; asked for where z is shifted."""
         h, linear = 1e-6, numbers.shape[1]
         before, after = (self.columns(shape, z + by, linear)[1] for by in (-h, h))
@@ -269,4 +272,13 @@ def _columns(numbers: np.ndarray) -> list[np.ndarray]:
 
 
 def _stack(parts: list, z: np.ndarray) -> np.ndarray:
-    return np.stack([np.broadcast_to(part, z.shape) for part in parts], axis=-1)
+    found = empty(*z.shape, len(parts))
+    for k, part in enumerate(parts):
+        found[..., k] = part
+    return found
+
+
+def empty(*shape: int) -> np.ndarray:
+    """An array whose last axis is the slowest in memory: one loop does the same to all starts and points."""
+    found = np.empty((shape[-1], *shape[:-1]))
+    return found.transpose(*range(1, found.ndim), 0)

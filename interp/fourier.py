@@ -9,7 +9,7 @@ from math import factorial, pi
 import numpy as np
 import torch
 
-from .family import Array, Separable, Series, fma
+from .family import Array, Separable, Series, empty, fma
 from .variance import Moments, balance
 
 
@@ -124,7 +124,7 @@ class Fourier(Separable):
     def columns(self, shape, z, linear):
         n = linear // 2
         c, s, w = self.angles(shape, z, n)
-        values, slopes = np.empty((*z.shape, linear)), np.empty((*z.shape, linear))
+        values, slopes = empty(*z.shape, linear), empty(*z.shape, linear)
         values[..., 0], values[..., 1 : n + 1], values[..., n + 1 :] = 1.0, c, s
         slopes[..., 0] = 0.0
         np.multiply(-w[:, None], s, out=slopes[..., 1 : n + 1])
@@ -302,7 +302,7 @@ class FreeFourier(Fourier):
         return Separable.normal(self, shape, z, w, f, d, lam, linear)
 
     def angles(self, shape, z, degree):
-        angle = shape[:, None] * z[..., None]
+        angle = np.multiply(shape[:, None], z[..., None], out=empty(*z.shape, degree))
         return np.cos(angle), np.sin(angle), shape
 
     def turns(self, numbers, shape, z, values, slopes):

@@ -134,7 +134,7 @@ class Problem:
         piece = np.searchsorted(borders, x) if len(borders) else 0
         per = per[piece]
         place = (x - begin[piece]) * per
-        cell = np.clip(place.astype(int), 0, last[piece])
+        cell = np.minimum(np.maximum(place.astype(int), 0), last[piece])
         t, (a, b, c, e) = place - cell, table.take(first[piece] + cell, axis=1)
         e = t * e
         return a + t * (b + t * (c + e)), (b + t * (2 * c + 3 * e)) * per
@@ -167,7 +167,7 @@ class Problem:
         t, w = legendre(count)
         half = (joints[:, 1:] - joints[:, :1]) / 2
         x = (joints[:, 1:] + joints[:, :1]) / 2 + half * t
-        place = ((x - self.x[0]) / self.step).clip(0, len(self.x) - 1)
+        place = np.minimum(np.maximum((x - self.x[0]) / self.step, 0), len(self.x) - 1)
         cell = place.astype(int)
         here = self.w.take(cell)
         here += (place - cell) * (self.rises.take(cell))

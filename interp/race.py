@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from .family import Separable
+from .family import Separable, empty
 from .problem import Problem, Side
 
 EQUALITY = 1e3
@@ -64,6 +64,7 @@ class State:
     """J, and what rounding adds."""
     residual: np.ndarray
     jacobian: np.ndarray
+    """(starts, numbers, rows)."""
 
     def __getitem__(self, rows) -> State:
         return State(*(getattr(self, f.name)[rows] for f in fields(self)))
@@ -177,7 +178,7 @@ class Race:
     def rows(self, values: np.ndarray, slopes: np.ndarray, root: np.ndarray, scale) -> tuple[np.ndarray, np.ndarray]:
         """From values and slopes at the joints and the nodes: what the equalities see, and the rows of the systems."""
         n, count = 0 if self.bare else 2, root.shape[1]
-        data = np.empty((len(root), 2 * count, values.shape[2]))
+        data = empty(len(root), 2 * count, values.shape[2])
         np.multiply(values[:, n:], root[..., None], out=data[:, :count])
         np.multiply(slopes[:, n:], (np.sqrt(self.p.weight) * root / scale)[..., None], out=data[:, count:])
         return np.concatenate([values[:, :n], slopes[:, self.steep] / scale[..., None]], axis=1), data
@@ -193,9 +194,9 @@ class Race:
         for k, i in enumerate(self.free, self.inner):
             if self.sides[i].line is None:  # a tangent of the target turns as the joint moves
                 root = np.sqrt(s.at.tails[:, i, None] + 1e-30)
-                turn = np.zeros((len(alpha), 1, alpha.shape[1]))
-                turn[..., k] = s.at.growth[:, i, None] / (2 * root)
-                jacobian = np.concatenate([jacobian, turn], axis=1)
+                turn = np.zeros((len(alpha), alpha.shape[1], 1))
+                turn[:, k] = s.at.growth[:, i, None] / (2 * root)
+                jacobian = np.concatenate([jacobian, turn], axis=2)
                 residual = np.concatenate([residual, root], axis=1)
         astray = ~np.isfinite(jacobian).all(axis=(1, 2)) | ~np.isfinite(s.value)
         jacobian[astray], residual[astray] = 0.0, 0.0
@@ -320,7 +321,7 @@ class Race:
         equal, system = self.rows(values, slopes, root, scale)
         asked, y = self.rows(s.f[..., None], s.d[..., None], root, np.ones((1, 1)))
         # the share of each number in the copy, of which rounding is a share
-        share = np.linalg.norm(system[:, : root.shape[1]], axis=1)
+        share = np.sqrt((system[:, : root.shape[1]] ** 2).sum(axis=1))
         astray = s.astray | ~np.isfinite(slopes).all(axis=(1, 2)) | ~(share.min(axis=1) > NOTHING)
         share[astray] = 1.0
         equal /= share[:, None]
@@ -344,14 +345,14 @@ class Race:
         p, linear, z, numbers = self.p, self.linear, s.at.z, s.numbers
         shape, c = alpha[:, : self.shapes], numbers[..., 0]
         size = s.system.shape[1]
-        moved = np.zeros((len(alpha), size, alpha.shape[1]))
+        moved = np.zeros((len(alpha), alpha.shape[1], size)).swapaxes(1, 2)
         asked = np.zeros((len(alpha), s.forces.shape[1], alpha.shape[1]))
         turned = np.zeros((len(alpha), linear, alpha.shape[1]))
         turns = self.family.turns(c, shape, z, s.values, s.slopes)
         asked[..., : self.shapes], moved[..., : self.shapes] = self.rows(*turns, s.root, scale)
         if self.family.centred:
             at, steep = slice(self.shapes, self.inner), -s.slopes @ numbers
-            bend = -self.family.bend(c, shape, z)[..., None]
+            bend = -self.family.bend(c, shape, z, s.values, s.slopes)[..., None]
             asked[..., at], moved[..., at] = self.rows(steep, bend, s.root, scale)
         if self.free:
             h = 1e-5
@@ -362,11 +363,13 @@ class Race:
                 row = 2 + self.steep.index(i)
                 asked[:, row, k] = (by[1][:, i, None] @ numbers)[:, 0, 0] - bend
                 turned[..., k] = -by[0][:, i] * s.forces[:, i, None] - by[1][:, i] * s.forces[:, row, None]
-        right = s.system.swapaxes(1, 2) @ moved - turned / s.share[..., None]
+        system = s.system.swapaxes(1, 2)
+        right = system @ moved - turned / s.share[..., None]
         found = np.linalg.solve(s.matrix, np.concatenate([right, asked], axis=1))
-        small = found[:, :linear]
+        found = found.swapaxes(1, 2)
+        inside = found[..., :linear] @ system - moved.swapaxes(1, 2)
         return np.concatenate(
-            [found[:, linear:] / self.equality, s.system @ small - moved, self.rounding * small], axis=1
+            [found[..., linear:] / self.equality, inside, self.rounding * found[..., :linear]], axis=2
         )
 
     def descend(self, frame: np.ndarray, alpha: np.ndarray, kept: tuple[int, ...], settled: float) -> Walk:
@@ -437,21 +440,21 @@ class Race:
         best = State(*(getattr(state, f.name).copy() for f in fields(state)))
         starts, n = best.alpha.shape
         every = np.array(lanes).T[..., None, None]
+        straight = every[:, every[1, :, 0, 0] == 0]
         damping, growth = np.full(starts, 1e-2 if len(lanes) == 1 else 1.0), np.full(starts, 2.0)
         going, scale = np.isfinite(best.value) & (best.value > self.floor), np.zeros_like(best.alpha)
-        bent = np.zeros((starts, n, n))
+        curved, bent = len(lanes) > 1, np.zeros((starts, n, n))
         for _ in range(steps):
             rows = np.flatnonzero(going)
             if not len(rows):
                 break
             now = best[rows]
-            factors, second = every if bent.any() else every[:, every[1, :, 0, 0] == 0]
-            turned = now.jacobian.swapaxes(1, 2)
-            gram = turned @ now.jacobian
+            factors, second = every if curved and bent.any() else straight
+            gram = now.jacobian @ now.jacobian.swapaxes(1, 2)
             scale[rows] = np.maximum(scale[rows], np.sqrt(np.einsum("snn->sn", gram))) + 1e-30
             unit = scale[rows]
             square = unit[..., None] * unit[:, None]
-            a, b = gram / square, (turned @ now.residual[..., None]) / unit[..., None]
+            a, b = gram / square, (now.jacobian @ now.residual[..., None]) / unit[..., None]
             model = a[:, None] + second * (bent[rows] / square)[:, None]
             model = model + factors * damping[rows, None, None, None] * np.eye(n)
             step = -_solved(model, b[:, None])
@@ -465,7 +468,7 @@ class Race:
             gain = now.value - trial.value
             ratio = gain / np.maximum(expected, 1e-100)
             good = (gain > 0) & (ratio > 1e-3)
-            if len(lanes) > 1:
+            if curved:
                 bent[rows] = _bent(bent[rows], now, trial)
             went, stuck, least = rows[good], rows[~good], settled * now.value
             best[went] = trial[good]
@@ -494,9 +497,9 @@ def _solved(model: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _bent(bent: np.ndarray, now: State, then: State) -> np.ndarray:
     """What curved residuals add to the Hessian, from two gradients (Dennis, Gay and Welsch, 1981)."""
     step = (then.alpha - now.alpha)[..., None]
-    after = then.jacobian.swapaxes(1, 2) @ then.residual[..., None]
-    rise = after - now.jacobian.swapaxes(1, 2) @ now.residual[..., None]
-    missed = after - now.jacobian.swapaxes(1, 2) @ then.residual[..., None] - bent @ step
+    after = then.jacobian @ then.residual[..., None]
+    rise = after - now.jacobian @ now.residual[..., None]
+    missed = after - now.jacobian @ then.residual[..., None] - bent @ step
     along = (rise * step).sum(axis=(1, 2))[:, None, None]
     sure = np.isfinite(then.value[:, None, None]) & (
         along > 1e-8 * np.linalg.norm(rise, axis=1, keepdims=True) * np.linalg.norm(step, axis=1, keepdims=True)

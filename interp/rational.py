@@ -7,7 +7,7 @@ from math import factorial
 import numpy as np
 from scipy.optimize import nnls
 
-from .family import Array, Separable
+from .family import Array, Separable, empty
 from .variance import balance
 
 CLOSE = 1.05
@@ -143,23 +143,22 @@ class Rational(Separable):
         return values, slopes
 
     def turns(self, numbers, shape, z, values, slopes):
-        powers = _powers(z, shape.shape[1])
-        d, steep, _ = self.parts(shape, z, powers)
-        by, slope_by = self.by(shape, z, powers)
+        d, steep = 1 / values[..., 0], -slopes[..., 0] / values[..., 0]  # D, D' / D
+        by, slope_by = self.by(shape, z, values[..., : shape.shape[1] + 1] * d[..., None])
         value, slope = (values @ numbers[..., None])[..., 0], (slopes @ numbers[..., None])[..., 0]
-        outer, inner = (-value / d)[..., None], ((value * steep / d - slope) / d)[..., None]
+        outer, inner = (-value / d)[..., None], ((value * steep - slope) / d)[..., None]
         slope_by *= outer
         slope_by += inner * by
         by *= outer
         return by, slope_by
 
-    def bend(self, numbers, shape, z):
-        powers = _powers(z, numbers.shape[1] - 1)
-        d, steep, bend = self.parts(shape, z, powers)
-        p, p_slope, p_bend = _derivatives(powers, numbers[:, 1:])
-        value = (numbers[:, :1] + p) / d
-        slope = (p_slope - value * steep) / d
-        return (p_bend - 2 * slope * steep - value * bend) / d
+    def bend(self, numbers, shape, z, values, slopes):
+        d, steep = 1 / values[..., 0], -slopes[..., 0] / values[..., 0]
+        powers = values * d[..., None]
+        value, slope = (values @ numbers[..., None])[..., 0], (slopes @ numbers[..., None])[..., 0]
+        return (
+            _derivatives(powers, numbers[:, 1:])[2] - value * self.parts(shape, z, powers)[2]
+        ) / d - 2 * slope * steep
 
     def evaluate(self, parameters: list[Array], z: Array) -> Array:
         p, q = self.split(parameters)
@@ -255,7 +254,7 @@ class Quotient(Rational):
         return 1 + z * _horner(shape, z)
 
     def sound(self, shape, z):
-        return (1 + (_powers(z, shape.shape[1])[..., 1:] @ shape[..., None])[..., 0]).min(axis=1) > 0
+        return self.positive([shape[:, j, None] for j in range(shape.shape[1])], z).min(axis=1) > 0
 
 
 class SumRational(Rational):
@@ -319,8 +318,9 @@ class SumRational(Rational):
 
 
 def _powers(z: np.ndarray, n: int) -> np.ndarray:
-    """1, z, z^2, ..., z^n along a last axis."""
-    powers = np.ones((*z.shape, n + 1))
+    """1, z, z^2, ..., z^n along a last axis, the slowest in memory."""
+    powers = empty(*z.shape, n + 1)
+    powers[..., 0] = 1.0
     for k in range(n):
         np.multiply(powers[..., k], z, out=powers[..., k + 1])
     return powers
@@ -331,8 +331,8 @@ def _derivatives(powers: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, n
     n = np.arange(1, numbers.shape[1] + 1)
     rows = np.zeros((len(numbers), len(n) + 1, 3))
     rows[:, 1:, 0], rows[:, :-1, 1], rows[:, :-2, 2] = numbers, n * numbers, (n * (n - 1) * numbers)[:, 1:]
-    value, slope, bend = np.moveaxis(powers[..., : len(n) + 1] @ rows, -1, 0)
-    return value, slope, bend
+    found = rows.swapaxes(1, 2) @ powers[..., : len(n) + 1].swapaxes(1, 2)
+    return found[:, 0], found[:, 1], found[:, 2]
 
 
 def _horner(coefficients: list[Array], z: Array) -> Array:

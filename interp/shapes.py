@@ -30,11 +30,11 @@ RACE = ((24, 6), (6, 10))
 SETTLE = ((12, 10), (6, 10))
 """The same for those that come from a smoother family, together with those of the family itself."""
 
-HOPS, AFTER, PLACES, SIZES = 4, 2, 4, ((0.02, 0.1, 0.3), (0.05, 0.2, 0.5))
+HOPS, AFTER, PLACES, SIZES = 3, 2, 4, ((0.02, 0.1, 0.3), (0.05, 0.2, 0.5))
 """How often hops are made, and how often after a smoother family; from how many of the best; their relative sizes."""
 
-HOP = ((24, 10), (6, 16))
-"""How many hops are improved, by how many steps."""
+HOP = ((24, 20), (6, 10))
+"""How many hops are improved, by how many steps: at first the best valley is seldom the one where J is least."""
 
 HOPPED = 1e-3
 """The gain of a step, as a share of J, from which a hop is improved further."""
