@@ -209,8 +209,8 @@ class Separable(Family):
 
         def series(numbers: np.ndarray) -> tuple[np.ndarray, ...]:
             value, slope = (values @ numbers[..., None])[..., 0], (slopes @ numbers[..., None])[..., 0]
-            bend, turns = (of(numbers, shape, z, values, slopes) for of in (self.bend, self.turns))
-            return value, slope, bend, *turns
+            given = numbers, shape, z, values, slopes
+            return value, slope, self.bend(*given), *self.turns(*given)
 
         return gram + steep @ slopes[:, ends:], right, share, (values[:, :ends], slopes[:, :ends]), series
 
