@@ -137,7 +137,8 @@ class Fourier(Separable):
         """From moments E[exp(ik w z)], k = 0..2n, of which all products of two columns are sums."""
         n, ends = linear // 2, z.shape[1] - w.shape[1]
         size, k = 2 * n + 1, np.arange(n + 1)
-        weights = np.stack([w, w * f, lam * shape * w * d], axis=1)
+        weights = np.empty((len(w), 3, w.shape[1]))
+        weights[:, 0], weights[:, 1], weights[:, 2] = w, w * f, lam * shape * w * d
         if len(z) > 1 and np.ptp(z[:, [0, -1]], axis=0).max() < 1e-9:  # few shapes, all with the same nodes
             each, which = np.unique(shape[:, 0], return_inverse=True)
             waves, found = _waves(each[:, None] * z[: len(each)], 2 * n), np.empty((len(z), 3, 2 * size))

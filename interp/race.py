@@ -409,7 +409,8 @@ class Race:
     def step(self, walk: Walk, beside: np.ndarray, ends: np.ndarray) -> None:
         """Try where to go, go there if it is better, and choose where to try next."""
         count, lanes, n = walk.trials.shape
-        points = walk.trials[:, :, None] + walk.unit[:, None, None] * np.vstack([np.zeros(n), np.diag(beside)])
+        points = np.repeat(walk.trials[:, :, None], n + 1, axis=2)
+        np.einsum("slnn->sln", points[:, :, 1:])[:] += walk.unit[:, None] * beside
         value, gradient = self.gradient(np.repeat(walk.frame, lanes * (n + 1), axis=0), points.reshape(-1, n))
         value = value.reshape(count, lanes, n + 1) + self.floor / 10
         best = np.arange(count), value[..., 0].argmin(axis=1)
@@ -426,11 +427,12 @@ class Race:
         curved = np.where(held[:, None] | held[..., None] | ~np.isfinite(walk.hessian), 0.0, walk.hessian)
         size, axes = np.linalg.eigh(np.stack([curved + down[:, None] * down[..., None], curved], axis=1))
         along, limit = (down[:, None, None] @ axes)[:, :, 0], walk.radius[:, None, None]
-        step = np.clip(-along / np.maximum(np.abs(size), 1e-3), -limit, limit)
+        step = np.minimum(np.maximum(-along / np.maximum(np.abs(size), 1e-3), -limit), limit)
         walk.length = np.abs(step).max(axis=2)
         walk.hoped = -(step * (along + size * step / 2)).sum(axis=2)
         walk.hoped[:, 0] = -np.log(np.maximum(1 - walk.hoped[:, 0], 0.05))  # of J
-        walk.trials = np.clip(walk.alpha[:, None] + walk.unit[:, None] * (axes @ step[..., None])[..., 0], *ends)
+        there = walk.alpha[:, None] + walk.unit[:, None] * (axes @ step[..., None])[..., 0]
+        walk.trials = np.minimum(np.maximum(there, ends[0]), ends[1])
 
     def improve(self, state: State, steps: int, settled: float = 1e-4, lanes: Lanes = GAUSS) -> State:
         """So many of Levenberg and Marquardt's steps by every start, or until one gains less than `settled` of J.
