@@ -40,8 +40,8 @@ def standardised(x: Array, frame: Frame) -> tuple[Array, Array, Array]:
         return beyond.neg_().relu_(), above, inside.mul_(frame.unit).add_(frame.offset)
     if torch.is_tensor(x):  # at its very bounds torch halves the derivative of `clip`: they are a float off the joints
         kind = torch.finfo(x.dtype)
-        below, above = (end.abs() * kind.eps + kind.tiny for end in (frame.lo, frame.hi))
-        inside = x.clip(frame.lo - below, frame.hi + above)
+        left, right = (end.abs() * kind.eps + kind.tiny for end in (frame.lo, frame.hi))
+        inside = x.clip(frame.lo - left, frame.hi + right)
     else:
         inside = where(x < frame.lo, frame.lo, where(x > frame.hi, frame.hi, x))
     return relu(inside - x), relu(x - inside), fma(inside, frame.unit, frame.offset)

@@ -156,9 +156,8 @@ class Rational(Separable):
         d, steep = 1 / values[..., 0], -slopes[..., 0] / values[..., 0]
         powers = values * d[..., None]
         value, slope = (values @ numbers[..., None])[..., 0], (slopes @ numbers[..., None])[..., 0]
-        return (
-            _derivatives(powers, numbers[:, 1:])[2] - value * self.parts(shape, z, powers)[2]
-        ) / d - 2 * slope * steep
+        p_bend, d_bend = _derivatives(powers, numbers[:, 1:])[2], self.parts(shape, z, powers)[2]
+        return (p_bend - value * d_bend) / d - 2 * slope * steep
 
     def evaluate(self, parameters: list[Array], z: Array) -> Array:
         p, q = self.split(parameters)
