@@ -14,10 +14,10 @@ LOW = 7
 """The degree up to which all pairs of joints are scanned: one side may be worth more than the other."""
 
 NODES = 48
-"""Gauss-Legendre nodes in the core."""
+"""Gauss-Legendre nodes in the core; two thirds of them at those low degrees."""
 
-STARTS = 4
-"""How many of them are improved."""
+STARTS = 3
+"""How many of those pairs are improved."""
 
 SYMMETRIC = np.array([(-1.0, 1.0), (1.0, -1.0)])
 """The ways of joints that stay symmetric."""
@@ -63,7 +63,7 @@ def search_joints(p: Problem, sides: tuple[Side, Side]) -> tuple[float, float]:
         radii = np.linspace(radii[max(best - 1, 0)], radii[min(best + 1, len(radii) - 1)], 9)
     found, value = pattern_search(p, objective, ends[best : best + 1], SYMMETRIC if symmetric else moves(fixed))
     if p.degree <= LOW and fixed == (None, None):
-        pairs = np.array(list(product(np.geomspace(0.3, 8, 14) * spread, repeat=2)))
+        pairs = np.array(list(product(np.geomspace(0.3, 8, 10) * spread, repeat=2)))
         pairs = np.clip(centre + pairs * [-1, 1], least, most)
         pairs = pairs[np.argsort(objective(pairs), kind="stable")[:STARTS]]
         others, values = pattern_search(p, objective, pairs, moves(fixed))
@@ -80,20 +80,25 @@ def moves(fixed: tuple[float | None, float | None]) -> np.ndarray:
 
 
 def pattern_search(p: Problem, objective: Objective, ends: np.ndarray, ways: np.ndarray):
-    """Move pairs of joints (starts, 2) by steps of three sizes at once, until the least does not help; and J there."""
+    """Move pairs of joints (starts, 2) by steps of three sizes at once, until the least does not help; and J there.
+
+    Where the longest step is the best the next ones are twice as long.
+    """
     ways = np.concatenate([ways, ways / 3, ways / 9])
-    values, step = objective(ends), (ends[:, 1] - ends[:, 0]) / 8
-    row = np.arange(len(ends))
+    ends, values, step = ends.copy(), objective(ends), (ends[:, 1] - ends[:, 0]) / 8
+    size = np.abs(ways).max(axis=1)
     for _ in range(30):
-        at = np.clip(ends[:, None] + step[:, None, None] * ways, *p.ends)
+        going = np.flatnonzero(step >= 1e-3 * p.domain.std)
+        if not len(going):
+            break
+        at = np.clip(ends[going, None] + step[going, None, None] * ways, *p.ends)
         there = objective(at.reshape(-1, 2)).reshape(at.shape[:2])
         best = there.argmin(axis=1)
-        better = there[row, best] < values
-        ends = np.where(better[:, None], at[row, best], ends)
-        values = np.minimum(there[row, best], values)
-        step = step * np.where(better, np.maximum(1 / 3, np.abs(ways[best]).max(axis=1)), 1 / 27)
-        if step.max() < 1e-3 * p.domain.std:
-            break
+        found = there[np.arange(len(going)), best]
+        better = found < values[going]
+        moved = going[better]
+        ends[moved], values[moved] = at[better, best[better]], found[better]
+        step[going] *= np.where(better, np.where(size[best] == 1, 2.0, np.maximum(1 / 3, size[best])), 1 / 27)
     return ends, values
 
 
@@ -109,9 +114,9 @@ class Objective:
         p, family = samples, samples.family
         assert isinstance(family, Linear)
         self.reach = family.reach(samples.degree)
-        self.t = legendre(NODES)[0]
+        self.count = NODES if samples.degree > LOW else 2 * NODES // 3
         self.step = p.step
-        z = np.concatenate([self.reach * self.t, [-self.reach, self.reach]])
+        z = np.concatenate([self.reach * legendre(self.count)[0], [-self.reach, self.reach]])
         values = np.stack(family.basis(z, p.degree), axis=-1)
         slopes = np.stack(family.slopes(z, p.degree), axis=-1)
         self.values, self.slopes = values[:-2], slopes[:-2]
@@ -129,7 +134,7 @@ class Objective:
         narrow = hi - lo < (p.degree + 1) * self.step  # fewer nodes than coefficients
         hi = np.where(narrow, lo + 1, hi)
         unit = (hi - lo)[:, None] / 2 / self.reach
-        x, w = p.gauss(np.stack([lo, hi], axis=1), NODES)
+        x, w = p.gauss(np.stack([lo, hi], axis=1), self.count)
         f, d = p.near(x)
         tails, wanted = np.zeros(len(lo)), []
         for i, (side, joint) in enumerate(zip(self.sides, (lo, hi), strict=True)):
