@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,33 +54,64 @@ def calibrate(
     (128, True)
     """
     model = model.model if isinstance(model, Source) else model
-    sites = list(sites)
-    exits = ExitStack()
-    exits.enter_context(exposed(model))
     modules = {site.name: model.get_submodule(site.name) for site in sites}
     laws = {module: Measured() for module in modules.values()}
     names = {module: name for name, module in modules.items()}
+
+    def add(module: nn.Module, x: Tensor, keep: Tensor | None) -> tuple:
+        try:
+            return laws[module].add(x if keep is None else x[keep]), keep
+        except OrthoactError as error:
+            raise OrthoactError(f"{names[module]}: {error}") from error
+
+    def weigh(module: nn.Module, met: tuple, g: Tensor) -> None:
+        bins, keep = met
+        laws[module].weigh(bins, g if keep is None else g[keep])
+
+    rows = observe(model, list(laws), inputs, add, weigh if sensitivity else None, seed=seed, progress=progress)
+    for law in laws.values():
+        law.rows += rows
+    if sensitivity and not any(law.squares.any() for law in laws.values()):
+        log.warning("calibration: no gradient reached any activation; the laws weigh by density alone")
+    return {name: laws[module] for name, module in modules.items() if laws[module].count}
+
+
+def observe(
+    model: nn.Module,
+    modules: Iterable[nn.Module],
+    inputs: Iterable[dict[str, Tensor]],
+    add: Callable[[nn.Module, Tensor, Tensor | None], Any],
+    weigh: Callable[[nn.Module, Any, Tensor], None] | None = None,
+    *,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> int:
+    """Run the model and show what each of `modules` meets; how many positions the losses were summed over.
+
+    `add` is called with a module, its input and, where the input has padding, the mask of what is none. `weigh`, if
+    given, is called with the module, what `add` returned, and the gradient of the loss at the output (see `calibrate`).
+    """
+    exits = ExitStack()
+    exits.enter_context(exposed(model))
     parameter = next(model.parameters(), torch.zeros(()))
     generator = torch.Generator(parameter.device).manual_seed(seed)
     anchor = torch.zeros((), device=parameter.device, requires_grad=True)
     mask: Tensor | None = None
-    pending: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
+    pending: dict[nn.Module, Any] = {}
+    summed = 0
 
     def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].detach()  # now: an in-place activation overwrites it
         keep = mask.bool().to(x.device) if mask is not None and x.dim() > 2 and x.shape[:2] == mask.shape else None
-        try:
-            pending[module] = laws[module].add(x if keep is None else x[keep]), keep
-        except OrthoactError as error:
-            raise OrthoactError(f"{names[module]}: {error}") from error
+        pending[module] = add(module, x, keep)
 
     def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        bins, keep = pending.pop(module)
-        if not torch.is_grad_enabled():
+        met = pending.pop(module)
+        if weigh is None:
             return None
         if not output.requires_grad:  # the first site: no weight asks for a gradient
             output = output + anchor.to(output)
-        output.register_hook(lambda g: laws[module].weigh(bins, g if keep is None else g[keep]))
+        output.register_hook(partial(weigh, module, met))
         return output
 
     with exits:
@@ -86,10 +119,10 @@ def calibrate(
         exits.callback(lambda: [setattr(m, "training", mode) for m, mode in training.items()])
         frozen = [p for p in model.parameters() if p.requires_grad]
         exits.callback(lambda: [p.requires_grad_() for p in frozen])
-        for module in laws:
+        for module in modules:
             exits.callback(module.register_forward_pre_hook(before).remove)
             exits.callback(module.register_forward_hook(after).remove)
-        exits.enter_context(torch.set_grad_enabled(sensitivity))
+        exits.enter_context(torch.set_grad_enabled(weigh is not None))
         model.eval()
         for p in frozen:
             p.requires_grad_(False)
@@ -100,20 +133,16 @@ def calibrate(
                 out = outputs(model, batch)
             except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
                 raise OrthoactError(
-                    f"the model does not run on the calibration data ({type(error).__name__}: {error}); "
-                    f"give data that fit it"
+                    f"the model does not run on the data ({type(error).__name__}: {error}); give data that fit it"
                 ) from error
-            if sensitivity:
+            if weigh is not None:
                 value, gradient, rows = loss_gradient(out, mask, generator)
-                for law in laws.values():
-                    law.rows += rows
+                summed += rows
                 if value.requires_grad:
                     value.backward(gradient)
             if progress:
                 progress(done + 1)
-    if sensitivity and not any(law.squares.any() for law in laws.values()):
-        log.warning("calibration: no gradient reached any activation; the laws weigh by density alone")
-    return {name: laws[module] for name, module in modules.items() if laws[module].count}
+    return summed
 
 
 def calibrate_on(

@@ -115,7 +115,7 @@ def test_the_model_is_left_as_it_was():
     before = {k: v.clone() for k, v in net.state_dict().items()}
     random = torch.random.get_rng_state()
     calibrate(net, find_sites(net), rows(8))
-    with pytest.raises(OrthoactError, match="does not run on the calibration data"):
+    with pytest.raises(OrthoactError, match="does not run on the data"):
         calibrate(net, find_sites(net), [{"input": torch.randn(2, 5)}])
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert [p.requires_grad for p in net.parameters()] == [False, True, True, True, True, True]

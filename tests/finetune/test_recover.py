@@ -139,23 +139,48 @@ def test_padding_is_no_input():
 
 
 def test_the_solved_start_is_the_least_squares():
-    """Against numpy's on the same inputs, for a family that is linear in its numbers, without a ridge."""
+    """Against numpy's on the same inputs, weighted by the gradients, for a family that is linear, without a ridge."""
     x = 3 * torch.randn(4096, 1, generator=torch.Generator().manual_seed(1))
-    net = nn.Sequential(nn.Identity(), nn.SiLU())
+    last = nn.Linear(1, 3).requires_grad_(False)
+    net = nn.Sequential(nn.Identity(), nn.SiLU(), last)
     convert_(net, degree=5)
     act, eye = net.get_submodule("1"), torch.eye(6)
     assert isinstance(act, Activation)
-    solve(net, Distillation(net), [{"input": x}], ridge=0.0)
+    solve(net, Distillation(net), [{"input": x}], ridge=0.0, seed=7)
     found = act.theta.detach().clone()
+
+    out = nn.functional.silu(x).requires_grad_()
+    noise = torch.randn(4096, 3, generator=torch.Generator().manual_seed(7))
+    (root,) = torch.autograd.grad((nn.functional.normalize(last(out), dim=-1) * noise).sum(), out)
+    root = root.double().flatten()
 
     def at(theta):
         act.theta.data.copy_(theta)
-        return act(x.double()).flatten().detach()
+        return root * act(x.double()).flatten().detach()
 
     level = at(torch.zeros(6))
     columns = torch.stack([at(one) - level for one in eye], 1)
-    wanted = np.linalg.lstsq(columns.numpy(), (nn.functional.silu(x.double()).flatten() - level).numpy())[0]
+    wanted = np.linalg.lstsq(columns.numpy(), (root * nn.functional.silu(x.double()).flatten() - level).numpy())[0]
     assert np.allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_what_does_not_matter_is_not_solved():
+    """A channel that the output does not see keeps its start; another does not care for that channel's inputs."""
+    x = torch.randn(512, 2, generator=torch.Generator().manual_seed(0))
+    net = nn.Sequential(nn.Identity(), nn.SiLU(), nn.Linear(2, 3)).requires_grad_(False)
+    net.get_parameter("2.weight")[:, 1] = 0
+    convert_(net, degree=3, groups="per-channel")
+    thetas = []
+    for far in (1.0, 9.0):
+        numbers_of(net).zero_()
+        solve(net, Distillation(net), [{"input": x * torch.tensor([1.0, far])}])
+        thetas.append(numbers_of(net).clone())
+    assert torch.equal(*thetas) and thetas[0][0].any() and not thetas[0][1].any()
+
+
+def numbers_of(net):
+    (act,) = (m for m in net.modules() if isinstance(m, Activation))
+    return act.theta.detach()
 
 
 def test_the_same_seed_gives_the_same_model(text):
