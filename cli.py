@@ -332,7 +332,8 @@ def convert(
     The folder loads with plain from_pretrained (timm: create_model) after `import orthoact`. No weight is changed.
     With --calibrate (a text file, a folder of images, a data set on disk; no labels needed) each site is fitted to its
     own inputs, weighted by how much an error there would change the model's output. With --recover (data alike) the
-    new activations alone are then trained, so that the model's output is again what it was with the old ones.
+    new activations alone are then trained, so that the model's output is again what it was with the old ones; without
+    --calibrate, each site is fitted to that data before.
     """
     from .convert.calibrate import calibrate_on
     from .convert.checkpoint import check_output, save
@@ -344,6 +345,7 @@ def convert(
     from .interp.errors import OrthoactError
 
     options = _fit_options(family, degree, tolerance, tails, derivative_weight, parameters)
+    flag, calibrate = ("--recover", recover) if calibrate is None else ("--calibrate", calibrate)
     if limit is not None and calibrate is None:
         raise click.UsageError("--limit bounds the data of --calibrate: give that too")
     if steps is not None and recover is None:
@@ -375,7 +377,7 @@ def convert(
         with _progress("calibrating", not quiet) as progress:
             sites, _ = inspect_model(source.model, **choice)
             laws = calibrate_on(
-                source, sites, calibrate, limit=limit, batch_size=batch_size, seed=seed, progress=progress
+                source, sites, calibrate, limit=limit, batch_size=batch_size, seed=seed, flag=flag, progress=progress
             )
         calibrated = perf_counter() - clock
     with _status("fitting", not quiet):

@@ -153,12 +153,16 @@ def calibrate_on(
     limit: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
+    flag: str = "--calibrate",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Measured]:
-    """`calibrate` on a text file, a folder of images or a data set on disk; `limit` is that of `LIMITS` by default."""
+    """`calibrate` on a text file, a folder of images or a data set on disk; `limit` is that of `LIMITS` by default.
+
+    Messages call the data `flag`.
+    """
     if limit is None:
         limit = LIMITS["images" if takes_images(source.model) else "tokens" if predicts_next(source.model) else "texts"]
-    inputs = batches(source, data, limit=limit, size=batch_size, seed=seed, flag="--calibrate")
+    inputs = batches(source, data, limit=limit, size=batch_size, seed=seed, flag=flag)
     total = len(inputs.items)
     tell = None if progress is None else lambda done: progress(done, total)
     return calibrate(source, sites, inputs, seed=seed, progress=tell)

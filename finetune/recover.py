@@ -35,8 +35,8 @@ from .swap import Swap
 LENGTH = 256
 """Tokens of a window of a causal model."""
 
-SOLVED = 8
-"""Batches that the start is solved on."""
+SOLVED = 64
+"""Texts, images or windows that the start is solved on."""
 
 COARSE = 0.1
 """The divergence from which a conversion counts as coarse: its sites are then swapped one after the other."""
@@ -59,7 +59,8 @@ def recover(
     """Train the activations of the converted model of `source` towards its original, in place, on `data`.
 
     First each activation is set to the least squares on its own inputs (`solve`), if that brings the model nearer to
-    its original; then all are trained together.
+    its original; then all are trained together. Joints stay where the conversion put them: a conversion that measured
+    its inputs (`calibrate`) starts nearer.
 
     `data` is what `convert.data.batches` takes, without labels; a tenth of it, at least one batch, is held out. Each
     step takes one batch of `batch_size` texts, images or windows of `LENGTH` tokens. `what` is that of `choose`: with
@@ -101,7 +102,7 @@ def recover(
     items = [{k: v.to(device) for k, v in item.items()} for item in held]
     before = measure(objective, items, "divergence", accelerator)["loss"]
     start = _kept(model)
-    solve(model, taught, training.items[:SOLVED])
+    solve(model, taught, training.items[: ceil(SOLVED / batch_size)], seed=seed)
     solved = measure(objective, items, "divergence", accelerator)["loss"]
     if not solved < before:
         solved = before
