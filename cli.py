@@ -279,7 +279,7 @@ def fit(target, family, degree, tolerance, tails, derivative_weight, mean, std, 
 @loading
 @click.option("--calibrate", type=click.Path(), help="Fit each site to what this data shows of it: as --data.")
 @click.option("--recover", type=click.Path(), help="Then train the activations towards the original on this data.")
-@click.option("--steps", type=int, help="Of the recovery.  [default: 60]")
+@click.option("--steps", type=int, help="Of the recovery; 0: least squares alone.  [default: 60]")
 @click.option("--limit", type=int, help="Calibrate on so many tokens, texts or images.  [default: 2,048, 128, 128]")
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Of the calibration and the recovery.")
 @click.option("--dry-run", is_flag=True, help="Plan only; write nothing.")

@@ -59,8 +59,8 @@ def recover(
     """Train the activations of the converted model of `source` towards its original, in place, on `data`.
 
     First each activation is set to the least squares on its own inputs (`solve`), if that brings the model nearer to
-    its original; then all are trained together. Joints stay where the conversion put them: a conversion that measured
-    its inputs (`calibrate`) starts nearer.
+    its original; then all are trained together in so many `steps`, or in none. Joints stay where the conversion put
+    them: one that measured the inputs (`calibrate`) starts nearer.
 
     `data` is what `convert.data.batches` takes, without labels; a tenth of it, at least one batch, is held out. Each
     step takes one batch of `batch_size` texts, images or windows of `LENGTH` tokens. `what` is that of `choose`: with
@@ -75,23 +75,23 @@ def recover(
     `OrthoactError` for data that do not fit or are too few.
     """
     model = source.model
-    if steps < 1:
-        raise OrthoactError(f"--steps {steps}: expected a positive whole number")
-    if limit is None:  # what the steps can take, and the tenth
-        limit = ceil(steps * batch_size / 0.9) * (LENGTH if predicts_next(model) else 1)
+    if steps < 0:
+        raise OrthoactError(f"--steps {steps}: expected a whole number that is not negative")
+    if limit is None:  # what the start and the steps can take, and the tenth
+        limit = ceil(max(SOLVED, steps * batch_size) / 0.9) * (LENGTH if predicts_next(model) else 1)
     inputs = batches(source, data, limit=limit, size=batch_size, seed=seed, flag="--recover")
     training, held = _split(_windows(inputs, batch_size))
     train = Train(
         loss="distill",
         what=what,
-        max_steps=steps,
+        max_steps=max(1, steps),
         learning_rate=weight_rate,
         activation_learning_rate=rate,
         batch_size=1,
         dropout=False,
-        log_every=steps,
+        log_every=max(1, steps),
         evaluate_every=max(1, ceil(steps / 4)),
-        save_every=steps,
+        save_every=max(1, steps),
     )
     began = perf_counter()
     accelerator = make_accelerator(Recipe(train=train), None, None)
@@ -107,34 +107,35 @@ def recover(
     if not solved < before:
         solved = before
         _restore(model, start)
-    start = _kept(model)
     if swap == "auto":
-        swap = None if solved < COARSE else "sites"
+        swap = None if solved < COARSE or not steps else "sites"
     if swap is not None:
         taught.swap = Swap(model, swap, steps=max(1, steps // 2))
-    sites: dict[str, Any] = {}
-    path = engine.suited(_values(model, items[0]) * steps, training=True, device=device)
-    with tempfile.TemporaryDirectory() as folder, engine.using(path), Monitor(model) as monitor:
-        job = Job(
-            objective=objective,
-            groups=trainable.groups,
-            stream=Stream(training, steps, seed),
-            validation=held,
-            collate=_only,
-            task="divergence",
-            train=train,
-            states=States(Path(folder)),
-            monitor=monitor,
-            log=lambda values: sites.update(values.get("sites", {})),
-            show=lambda step, loss, figures: progress(step, steps) if progress else None,
-            begin=taught.begin,
-            seed=seed,
-        )
-        found = loop(job, accelerator)
-    after = (found["best"] or found["validation"])["loss"]
-    if not after < solved:
-        after = solved
-        _restore(model, start)
+    after, sites = solved, dict[str, Any]()
+    if steps:
+        start = _kept(model)
+        path = engine.suited(_values(model, items[0]) * steps, training=True, device=device)
+        with tempfile.TemporaryDirectory() as folder, engine.using(path), Monitor(model) as monitor:
+            job = Job(
+                objective=objective,
+                groups=trainable.groups,
+                stream=Stream(training, steps, seed),
+                validation=held,
+                collate=_only,
+                task="divergence",
+                train=train,
+                states=States(Path(folder)),
+                monitor=monitor,
+                log=lambda values: sites.update(values.get("sites", {})),
+                show=lambda step, loss, figures: progress(step, steps) if progress else None,
+                begin=taught.begin,
+                seed=seed,
+            )
+            found = loop(job, accelerator)
+        after = (found["best"] or found["validation"])["loss"]
+        if not after < solved:
+            after = solved
+            _restore(model, start)
     trainable.finish()
     model.eval()
     return {

@@ -97,6 +97,15 @@ def test_the_start_is_kept_where_training_makes_it_worse(text):
     assert torch.equal(*thetas), "a step was left in"
 
 
+def test_no_step_is_the_solved_start(text):
+    source = load_source("demo")
+    convert_(source.model, degree=3, groups="per-channel")
+    found = recover(source, text, steps=0, batch_size=2)
+    assert found["steps"] == 0 and found["swap"] is None
+    assert found["divergence"] == found["divergence_solved"] < found["divergence_before"] / 5
+    assert numbers(source.model).any()
+
+
 @mark.parametrize("groups", [None, 4, "per-channel"])
 @mark.parametrize("family", FAMILIES)
 def test_the_start_is_solved_on_the_model_s_own_inputs(family, groups):
