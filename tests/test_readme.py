@@ -55,9 +55,10 @@ def test_the_table_of_recovery_is_the_measured_one():
     sections = {part.split(" (")[0]: part for part in text.split("### ")[1:]}
     for row in table("| hermite, degree | 3 |")[2:]:
         name, *cells = (cell.strip() for cell in row.strip("|").split("|"))
-        model, _, calibrated = name.partition(", ")
+        model, _, how = name.partition(", ")
         for degree, cell in zip((3, 4, 6), cells, strict=True):
-            label = f"| degree {degree}{', calibrated' if calibrated else ''}: activations |"
+            what = f", {how}" if ":" in how else f", {how}: activations" if how else ": activations"
+            label = f"| degree {degree}{what} |"
             found = next(line for line in sections[model].splitlines() if line.startswith(label))
             _, _, _, _, before, _, after, *_ = (x.strip() for x in found.strip("|").split("|"))
             assert cell == f"{before} % -> {after} %", (row, found)
