@@ -277,7 +277,9 @@ def fit(target, family, degree, tolerance, tails, derivative_weight, mean, std, 
 @click.option("--groups", type=_Groups(), help="Numbers of its own for each of so many groups of channels.")
 @share
 @loading
-@click.option("--calibrate", type=click.Path(), help="Fit each site to what this data shows of it: as --data.")
+@click.option(
+    "--calibrate", type=click.Path(), help="Fit each site to this data: as --data.  [default: that of --recover]"
+)
 @click.option("--recover", type=click.Path(), help="Then train the activations towards the original on this data.")
 @click.option("--steps", type=int, help="Of the recovery; 0: least squares alone.  [default: 60]")
 @click.option("--limit", type=int, help="Calibrate on so many tokens, texts or images.  [default: 2,048, 128, 128]")
@@ -468,8 +470,9 @@ def _report(model: str, report: dict[str, Any], made) -> None:
         console.print(f"left: {item.where or '(model)'} {item.function}: {item.reason}", style="dim")
     if "recovery" in report:
         found = report["recovery"]
+        how = f"in {found['steps']} steps" if found["steps"] else "by least squares"
         console.print(
-            f"recovered in {found['steps']} steps: divergence from the original on held-out data "
+            f"recovered {how}: divergence from the original on held-out data "
             f"{found['divergence_before']:.2e} before, {found['divergence']:.2e} after"
         )
     if "fidelity" in report:

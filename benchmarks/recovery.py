@@ -7,8 +7,9 @@
 Each cell is `orthoact convert --degree N [--calibrate mails] --recover mails` in Python, by the package's own loop: the
 converted model learns from its own original activations on mails (SpamAssassin's ham, no label is used), and is
 measured on Jane Austen, the demo on its held-out chapters, SmolLM2 on Persuasion. The rate is chosen by the divergence
-on mails that are held out; `least squares alone` takes no step (`--steps 0`). Controls learn the next token of the same
-mails with the same steps: the original's norms, and the same norms and activations after a conversion.
+on mails that are held out; `least squares alone` takes no step (`--steps 0`), at any rate. Rows that are not calibrated
+leave out what the command does by itself: it fits each site to the mails of --recover. Controls learn the next token of
+the same mails with the same steps: the original's norms, and the same norms and activations after a conversion.
 """
 
 from __future__ import annotations

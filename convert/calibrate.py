@@ -90,6 +90,7 @@ def observe(
 
     `add` is called with a module, its input and, where the input has padding, the mask of what is none. `weigh`, if
     given, is called with the module, what `add` returned, and the gradient of the loss at the output (see `calibrate`).
+    The model's mode, weights and gradients stay as they were. Raises `OrthoactError` where it does not run on them.
     """
     exits = ExitStack()
     exits.enter_context(exposed(model))
@@ -107,7 +108,7 @@ def observe(
 
     def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         met = pending.pop(module)
-        if weigh is None:
+        if weigh is None or not torch.is_grad_enabled():  # what runs without gradients has none
             return None
         if not output.requires_grad:  # the first site: no weight asks for a gradient
             output = output + anchor.to(output)

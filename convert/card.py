@@ -275,10 +275,11 @@ def _fidelity(found: dict[str, Any] | None, recovery: dict[str, Any] | None, *, 
     rows = [f"| {words_} | {found[key]:.6g} |" for key, (_, words_) in MEASURES.items() if key in found]
     told = ""
     if recovery:
+        how = f"trained towards the original's output for {recovery['steps']} steps"
+        how = how if recovery["steps"] else "set to the least squares on their inputs"
         told = (
-            f"The activations were then trained towards the original's output for {recovery['steps']} steps on "
-            f"`{recovery['data']}`: divergence on its held-out part {recovery['divergence_before']:.3g} before, "
-            f"{recovery['divergence']:.3g} after.\n\n"
+            f"The activations were then {how} on `{recovery['data']}`: divergence on its held-out part "
+            f"{recovery['divergence_before']:.3g} before, {recovery['divergence']:.3g} after.\n\n"
         )
     return f"{told}Measured at the conversion on {over}{words}:\n\n| | |\n|---|---|\n" + "\n".join(rows)
 

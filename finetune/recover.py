@@ -67,7 +67,7 @@ def recover(
     the default no weight changes; `rate` is that of the activations, `weight_rate` of all else. `swap` is that of
     `Swap`; `auto` swaps site by site where the start is coarse. Where the held-out divergence is no better in the
     end than at the start, the start is kept. `limit` bounds the texts, images or tokens that are read; by default what
-    the steps can take.
+    the start and the steps can take.
 
     Returns `data` (of a path of this machine the last part), `steps`, `trained` (numbers), `swap`, `divergence_before`,
     `divergence_solved` and `divergence` (of the held-out part, see `Distillation`; at the start, before the first step

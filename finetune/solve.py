@@ -162,5 +162,5 @@ class _System:
             return
         every = torch.stack([theta.view(len(self.products), -1) for theta in (self.start, *self.steps)])
         left = torch.stack([self.products[:, -1, -1], *self.left]).nan_to_num(torch.inf)
-        best = every[left.argmin(0), torch.arange(len(self.products))]
+        best = every[left.argmin(0), torch.arange(len(self.products), device=every.device)]
         self.act.theta.copy_(best.view_as(self.start))

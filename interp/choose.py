@@ -19,8 +19,8 @@ AUTO = "auto"
 RESOLUTION = 1e-7
 """The root of J below which a copy in float32 gets no better."""
 
-SAME = 1 - 1e-9
-"""The share of another J from which one is lower: an odd number beside an even function lowers it by rounding alone."""
+SAME = 1e-9
+"""The share of J that a rung must gain: an odd number beside an even function gains by rounding alone."""
 
 
 def fit_to_tolerance(
@@ -97,7 +97,7 @@ def ladder(
         raise refusal or OrthoactError(f"no degree of the family {family} could be fitted to {target!r}")
     kept: list[Fit] = []
     for rung in sorted(rungs, key=lambda f: (f.parameters, f.objective)):
-        if not kept or (rung.objective < kept[-1].objective * SAME and rung.parameters > kept[-1].parameters):
+        if not kept or (rung.objective < kept[-1].objective * (1 - SAME) and rung.parameters > kept[-1].parameters):
             kept.append(rung)
     return kept
 

@@ -108,6 +108,18 @@ def test_half_the_sensitivity_times_a_squared_error_is_the_divergence():
     assert np.mean(found) == pytest.approx(cost * size**2, rel=0.25)
 
 
+def test_what_runs_without_gradients_has_a_law_and_no_sensitivity():
+    class Frozen(nn.Sequential):
+        @torch.no_grad()
+        def forward(self, input):
+            return super().forward(input)
+
+    net = nn.Sequential(Frozen(nn.Linear(6, 4), nn.SiLU()), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 2))
+    laws = calibrate(net, find_sites(net), rows(8))
+    assert laws["0.1"].count == laws["2"].count > 0
+    assert not laws["0.1"].squares.any() and laws["2"].squares.any()
+
+
 def test_the_model_is_left_as_it_was():
     net = mlp().train()
     net[0].weight.requires_grad_(False)

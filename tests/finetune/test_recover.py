@@ -97,6 +97,27 @@ def test_the_start_is_kept_where_training_makes_it_worse(text):
     assert torch.equal(*thetas), "a step was left in"
 
 
+def test_no_step_is_told_as_none(text, tmp_path):
+    command = ["convert", "demo", "--degree", "3", "--recover", str(text), "--steps", "0", "--batch-size", "2"]
+    done = CliRunner().invoke(main, [*command, "-o", str(tmp_path / "out")])
+    assert done.exit_code == 0 and "recovered by least squares" in done.output, done.output
+    card = make_card(tmp_path / "out")["README.md"].decode()
+    for told in (card, (tmp_path / "out" / "report.html").read_text()):
+        assert "set to the least squares on their inputs" in told and "0 steps" not in told
+
+
+def test_without_other_data_the_sites_are_fitted_to_those_of_the_recovery(text, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("0123456789 " * 400)
+    stds = []
+    for more in (["--recover", str(text), "--steps", "0"], ["--calibrate", str(text)], ["--calibrate", str(other)]):
+        command = ["convert", "demo", "--degree", "3", "--dry-run", "--json", *more]
+        done = CliRunner().invoke(main, command)
+        assert done.exit_code == 0, done.output
+        stds.append([row["std"] for row in json.loads(done.stdout)["sites"]])
+    assert stds[0] == stds[1] != stds[2]
+
+
 def test_no_step_is_the_solved_start(text):
     source = load_source("demo")
     convert_(source.model, degree=3, groups="per-channel")
@@ -179,17 +200,12 @@ def test_what_does_not_matter_is_not_solved():
     net = nn.Sequential(nn.Identity(), nn.SiLU(), nn.Linear(2, 3)).requires_grad_(False)
     net.get_parameter("2.weight")[:, 1] = 0
     convert_(net, degree=3, groups="per-channel")
-    thetas = []
+    theta, thetas = net.get_parameter("1.theta"), []
     for far in (1.0, 9.0):
-        numbers_of(net).zero_()
+        theta.data.zero_()
         solve(net, Distillation(net), [{"input": x * torch.tensor([1.0, far])}])
-        thetas.append(numbers_of(net).clone())
+        thetas.append(theta.detach().clone())
     assert torch.equal(*thetas) and thetas[0][0].any() and not thetas[0][1].any()
-
-
-def numbers_of(net):
-    (act,) = (m for m in net.modules() if isinstance(m, Activation))
-    return act.theta.detach()
 
 
 def test_the_same_seed_gives_the_same_model(text):
@@ -209,6 +225,8 @@ def test_data_that_do_not_fit(text, tmp_path):
     convert_(source.model, degree=4)
     with raises(OrthoactError, match=r"--recover .*there is no such file"):
         recover(source, tmp_path / "nothing.txt")
+    with raises(OrthoactError, match="--steps -1: expected a whole number that is not negative"):
+        recover(source, text, steps=-1)
     done = CliRunner().invoke(main, ["convert", "demo", "--steps", "3", "-o", str(tmp_path / "out")])
     assert done.exit_code == 2 and "--recover" in done.output
     done = CliRunner().invoke(main, ["convert", "demo", "--recover", "nowhere.txt", "-o", str(tmp_path / "out")])
