@@ -261,7 +261,8 @@ def _least_squares(
 
     core = (p.x >= lo) & (p.x <= hi)
     x, w, f, d = p.x[core], p.w[core], p.f[core], p.d[core]
-    if shape and p.tails == "linear" and len(x) < FINE:  # a steep shape would hide between so few
+    few = len(x) < (FINE if shape else 1.5 * linear)  # a steep shape would hide between them
+    if p.tails == "linear" and (few or lo < p.ends[0] or hi > p.ends[1]):
         x, w = (part[0] for part in p.gauss(np.array([[lo, hi]]), FINE))
         f, d = p.target(x)
     root = np.sqrt(w)

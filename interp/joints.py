@@ -88,7 +88,7 @@ def pattern_search(p: Problem, objective: Objective, ends: np.ndarray, ways: np.
     ends, values, step = ends.copy(), objective(ends), (ends[:, 1] - ends[:, 0]) / 8
     size = np.abs(ways).max(axis=1)
     for _ in range(30):
-        going = np.flatnonzero(step >= 1e-3 * p.domain.std)
+        going = np.flatnonzero(step >= 1e-3 * p.unit)
         if not len(going):
             break
         at = np.clip(ends[going, None] + step[going, None, None] * ways, *p.ends)
@@ -116,7 +116,7 @@ class Objective:
         self.reach = family.reach(samples.degree)
         self.count = NODES if samples.degree > LOW else 2 * NODES // 3
         self.step = p.step
-        z = np.concatenate([self.reach * legendre(self.count)[0], [-self.reach, self.reach]])
+        z = np.concatenate([self.reach * legendre(self.count, samples.panels)[0], [-self.reach, self.reach]])
         values = np.stack(family.basis(z, p.degree), axis=-1)
         slopes = np.stack(family.slopes(z, p.degree), axis=-1)
         self.values, self.slopes = values[:-2], slopes[:-2]

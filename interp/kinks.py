@@ -14,7 +14,7 @@ from scipy.optimize import minimize
 
 from .errors import OrthoactError
 from .family import Piecewise
-from .problem import Problem
+from .problem import MOST, UNSEEN, Problem
 
 REFINE = 8
 """Cells of the tables in one cell of the law's nodes."""
@@ -25,9 +25,12 @@ class Tables:
 
     def __init__(self, p: Problem):
         self.mean, self.std, self.weight = p.domain.mean, p.domain.std, p.weight / p.domain.std**2
-        step = p.step / REFINE
-        x = p.ends[0] + step * (np.arange(len(p.x) * REFINE) + 0.5)
-        w = np.interp(x, p.x, p.law)
+        length = p.ends[1] - p.ends[0]
+        count = round(min(length / p.step * REFINE, MOST))
+        step = length / count
+        x = p.ends[0] + step * (np.arange(count) + 0.5)
+        w = np.interp(x, p.x, p.law, 0.0, 0.0)
+        w += UNSEEN * w.sum() / count
         f, d = p.target(x)
         w, t, d = w / w.sum(), (x - self.mean) / self.std, d * self.std
         self.t, self.w, self.f, self.d, self.step = t, w, f, d, step / self.std

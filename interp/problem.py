@@ -19,6 +19,21 @@ FINER = 4
 BESIDE = 2e-6
 """How far from a kink the target's table begins and ends, in standard deviations."""
 
+DETAIL = 10
+"""Nodes in the spread of the target's curvature, and between its kinks, at least: a wide law has few of its own."""
+
+MOST = 2**19
+"""Nodes of a law, at most."""
+
+NEAR = 2e-3
+"""The distance from its asymptote from which a target has not come near it."""
+
+PANELS = 16
+"""Parts of a core that are looked at one by one, at most."""
+
+UNSEEN = 1e-12
+"""The weight of the whole core beside the law's: where no input lies the copy follows the target all the same."""
+
 
 @dataclass(frozen=True)
 class Side:
@@ -44,36 +59,77 @@ class Problem:
         domain = domain.narrow() if tails == "none" else domain
         self.target, self.family, self.degree, self.domain = target, family, degree, domain
         self.tails, self.weight = tails, weight
-        # a bare polynomial of degree n has its mass out to 2 sqrt(n) standard deviations
-        x, w = domain.nodes(14.0) if tails == "none" else domain.nodes()
-        self.law = w
-        self.x, self.w = x, np.where(self.smooth(x), w, 0.0)
-        self.step = x[1] - x[0]
-        self.cells = np.append(x - self.step / 2, x[-1] + self.step / 2)
-        self.ends = self.cells[0], self.cells[-1]
-        self.sums: dict[tuple[int, Line], np.ndarray] = {}
         far = np.linspace(-20, 20, 401) if tails == "linear" else np.linspace(*self.four_deviations(), 401)
         far = far[self.smooth(far)]
-        values, slopes = target(np.concatenate([self.x, far]))
-        n = len(self.x)
-        self.f, self.d = values[:n], slopes[:n]
-        self.far = (far, values[n:], slopes[n:])
+        # a bare polynomial of degree n has its mass out to 2 sqrt(n) standard deviations
+        x, w = domain.nodes(14.0) if tails == "none" else domain.nodes()
+        values, slopes = target(np.concatenate([x, far]))
+        self.far = (far, values[len(x) :], slopes[len(x) :])
+        self.parts = self.needed(x)
+        """Nodes for one of the law."""
+        if self.parts > 1:
+            inside = (np.arange(self.parts) + 0.5) / self.parts - 0.5
+            x = (x[:, None] + (x[1] - x[0]) * inside).ravel()
+            w = np.repeat(w / self.parts, self.parts)
+            values, slopes = target(x)
+        self.law, self.x, self.w = w, x, np.where(self.smooth(x), w, 0.0)
+        self.f, self.d = values[: len(x)], slopes[: len(x)]
+        self.step = x[1] - x[0]
+        self.cells = np.append(x - self.step / 2, x[-1] + self.step / 2)
+        self.ends = self.reach()
+        """Between which joints may lie."""
+        self.panels = int(min(np.ceil((self.ends[1] - self.ends[0]) / (self.cells[-1] - self.cells[0]) - 1e-9), PANELS))
+        """Parts of a core that have the nodes of one each, for a law that is narrow in it to be seen."""
+        self.sums: dict[tuple[int, Line], np.ndarray] = {}
 
     def smooth(self, x: np.ndarray) -> np.ndarray:
         """Where x is no kink: the slope there is a convention of autograd."""
         return np.all([np.abs(x - kink) > 1e-9 for kink in self.target.kinks] or [np.isfinite(x)], axis=0)
+
+    def needed(self, x: np.ndarray) -> int:
+        """The nodes that one of the law's is to be, for what the target does to be seen where it does it."""
+        far, _, slopes = self.far
+        kinks = sorted(set(self.target.kinks))
+        bend = np.abs(np.diff(slopes))
+        bend[np.isin(np.arange(1, len(far)), np.searchsorted(far, kinks))] = 0
+        details = list(np.diff(kinks))
+        if bend.sum():
+            middle, share = (far[1:] + far[:-1]) / 2, bend / bend.sum()
+            details.append(np.sqrt(share @ (middle - share @ middle) ** 2) or far[1] - far[0])
+        if self.tails == "none" or not details:  # a bare series cannot follow it either
+            return 1
+        return int(min(np.ceil((x[1] - x[0]) * DETAIL / min(details)), max(MOST // len(x), 1)))
+
+    def reach(self) -> tuple[float, float]:
+        """The ends of the law; or where the target has come near its asymptote, if the law sees less than that."""
+        (far, values, _), (first, last) = self.far, self.target.holds
+        ends = [float(self.cells[0]), float(self.cells[-1])]
+        for i, line in enumerate((self.target.left, self.target.right)):
+            if self.tails == "linear" and line is not None:
+                apart = far[(far >= first) & (far <= last) & (np.abs(values - line[0] * far - line[1]) > NEAR)]
+                if len(apart):
+                    ends[i] = min(ends[0], float(apart[0])) if i == 0 else max(ends[1], float(apart[-1]))
+        return ends[0], ends[1]
 
     def four_deviations(self) -> tuple[float, float]:
         return self.domain.mean - 4 * self.domain.std, self.domain.mean + 4 * self.domain.std
 
     def bend(self) -> tuple[float, float]:
         """Centre and spread of the target's curvature; of the law, where the target is straight."""
-        bend = np.abs(np.diff(self.d))
+        far, _, slopes = self.far
+        outside = (far < self.cells[0]) & (far > self.ends[0]), (far > self.cells[-1]) & (far < self.ends[1])
+        x, d = (np.concatenate([v[outside[0]], mine, v[outside[1]]]) for v, mine in ((far, self.x), (slopes, self.d)))
+        bend = np.abs(np.diff(d))
         if not bend.sum():
             return self.domain.mean, self.domain.std
-        middle, mass = (self.x[1:] + self.x[:-1]) / 2, bend.sum()
+        middle, mass = (x[1:] + x[:-1]) / 2, bend.sum()
         centre = float(bend @ middle / mass)
         return centre, float(np.sqrt(bend @ (middle - centre) ** 2 / mass)) or self.domain.std
+
+    @cached_property
+    def unit(self) -> float:
+        """What joints are near each other by: a standard deviation, or the spread of a target that bends in less."""
+        return min(self.domain.std, self.bend()[1])
 
     def is_symmetric(self) -> bool:
         """Whether the best joints lie at mean +- R: law and target are symmetric there, the target but for a line."""
@@ -129,24 +185,34 @@ class Problem:
         return self.near(joints)
 
     def near(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The target at `x` under the law, from a table of cubics between its kinks: fast, for the searches."""
+        """The target at `x` between the ends, from a table of cubics between its kinks: fast, for the searches."""
+        t, (a, b, c, e), per = self.cubics(x)
+        e = t * e
+        return a + t * (b + t * (c + e)), (b + t * (2 * c + 3 * e)) * per
+
+    def curvature(self, x: np.ndarray) -> np.ndarray:
+        """The target's second derivative, from the same."""
+        t, (_, _, c, e), per = self.cubics(x)
+        return (2 * c + 6 * t * e) * per**2
+
+    def cubics(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The place of each `x` in its cell, the cubic there, and cells in a unit."""
         table, borders, begin, per, first, last = self.table
         piece = np.searchsorted(borders, x) if len(borders) else 0
         per = per[piece]
         place = (x - begin[piece]) * per
         cell = np.minimum(np.maximum(place.astype(int), 0), last[piece])
-        t, (a, b, c, e) = place - cell, table.take(first[piece] + cell, axis=1)
-        e = t * e
-        return a + t * (b + t * (c + e)), (b + t * (2 * c + 3 * e)) * per
+        return place - cell, table.take(first[piece] + cell, axis=1), per
 
     @cached_property
     def table(self) -> tuple[np.ndarray, ...]:
         """The cubics of `near`, and for each piece between kinks: where it begins, cells in a unit, its cells."""
-        inside = [k for k in self.target.kinks if self.ends[0] + self.step < k < self.ends[1] - self.step]
-        borders = np.array([self.ends[0], *sorted(inside), self.ends[1]])
+        kinks = [k for k in self.target.kinks if min(abs(k - end) for end in self.ends) > self.step]
+        borders = np.array(sorted([*self.ends, *kinks]))
         # beside a kink is beyond what any target takes for the kink itself
         begin, end = borders[:-1] + BESIDE * self.domain.std, borders[1:] - BESIDE * self.domain.std
         count = np.ceil((end - begin) * (FINER / self.step)).astype(int)
+        count = np.minimum(np.maximum(count, FINER), FINER * len(self.x))
         h = (end - begin) / count
         f, d = self.target(np.concatenate([a + s * np.arange(n + 1) for a, s, n in zip(begin, h, count, strict=True)]))
         ends = np.cumsum(count + 1)[:-1]
@@ -158,25 +224,24 @@ class Problem:
         first = np.cumsum(count) - count
         return np.concatenate(cubics, axis=1), borders[1:-1], begin, 1 / h, first, count - 1
 
-    def curvature(self, x: np.ndarray) -> np.ndarray:
-        """The target's second derivative at `x`, by differences."""
-        return np.interp(x, (self.x[1:] + self.x[:-1]) / 2, np.diff(self.d) / self.step)
-
     def gauss(self, joints: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Gauss-Legendre nodes between each pair of joints, (pairs, count), and their weights under the law."""
-        t, w = legendre(count)
+        t, w = legendre(count, self.panels)
         half = (joints[:, 1:] - joints[:, :1]) / 2
         x = (joints[:, 1:] + joints[:, :1]) / 2 + half * t
-        place = np.minimum(np.maximum((x - self.x[0]) / self.step, 0), len(self.x) - 1)
-        cell = place.astype(int)
-        here = self.w.take(cell)
-        here += (place - cell) * (self.rises.take(cell))
-        return x, here * (half / self.step) * w
+        place = np.minimum(np.maximum((x - (self.x[0] - self.step)) / self.step, 0), len(self.x) + 1)
+        cell, (weights, rises) = place.astype(int), self.density
+        here = weights.take(cell)
+        here += (place - cell) * rises.take(cell)
+        here *= half / self.step
+        here += UNSEEN / 2
+        return x, here * w
 
     @cached_property
-    def rises(self) -> np.ndarray:
-        """From each node's weight to the next."""
-        return np.append(np.diff(self.w), 0.0)
+    def density(self) -> tuple[np.ndarray, np.ndarray]:
+        """The weight of each node, of one more on either side, and from each to the next."""
+        weights = np.pad(self.w, (1, 2))
+        return weights, np.append(np.diff(weights), 0.0)
 
     def pieces(self, joints: np.ndarray, kinks: list[float], count: int) -> tuple[np.ndarray, np.ndarray]:
         """The same with as many of the nodes on either side of each kink, where the target is smooth."""
@@ -235,5 +300,8 @@ class Problem:
 
 
 @lru_cache
-def legendre(count: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.polynomial.legendre.leggauss(count)
+def legendre(count: int, panels: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Gauss-Legendre nodes in [-1, 1] and their weights, so many in each of several equal panels."""
+    t, w = np.polynomial.legendre.leggauss(count)
+    middles = (2 * np.arange(panels) + 1) / panels - 1
+    return (middles[:, None] + t / panels).ravel(), np.tile(w / panels, panels)

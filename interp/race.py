@@ -292,9 +292,12 @@ class Race:
         joints = self.joints(alpha)
         astray = ~(np.abs(alpha).max(axis=1) < FAR)
         if not self.bare:
-            astray |= (joints[:, 0] < p.ends[0]) | (joints[:, 1] > p.ends[1])
-            astray |= joints[:, 1] - joints[:, 0] < p.domain.std / 2
-            joints = np.where(astray[:, None], [p.domain.mean - p.domain.std, p.domain.mean + p.domain.std], joints)
+            if self.free:
+                astray |= (alpha[:, self.inner :].min(axis=1) < p.ends[0]) | (
+                    alpha[:, self.inner :].max(axis=1) > p.ends[1]
+                )
+                astray |= joints[:, 1] - joints[:, 0] < p.unit / 2
+                joints = np.where(astray[:, None], [p.domain.mean - p.domain.std, p.domain.mean + p.domain.std], joints)
             if self.unsound:
                 ends = joints[:, :1] + DENSE * (joints[:, 1:] - joints[:, :1])
                 astray |= ~self.family.sound(alpha[:, : self.shapes], (ends - location) / scale - shift)
