@@ -25,13 +25,13 @@ DETAIL = 10
 MOST = 2**19
 """Nodes of a law, at most."""
 
-NEAR = 2e-3
-"""The distance from its asymptote from which a target has not come near it."""
+APART, NEAR = 2e-2, 2e-3
+"""The distance of a target from its asymptote beyond the law that is too much, and one that is near enough."""
 
 PANELS = 16
 """Parts of a core that are looked at one by one, at most."""
 
-UNSEEN = 1e-12
+UNSEEN = 1e-14
 """The weight of the whole core beside the law's: where no input lies the copy follows the target all the same."""
 
 
@@ -101,14 +101,15 @@ class Problem:
         return int(min(np.ceil((x[1] - x[0]) * DETAIL / min(details)), max(MOST // len(x), 1)))
 
     def reach(self) -> tuple[float, float]:
-        """The ends of the law; or where the target has come near its asymptote, if the law sees less than that."""
+        """The ends of the law; or where the target is near its asymptote, if beyond the law it is still far from it."""
         (far, values, _), (first, last) = self.far, self.target.holds
         ends = [float(self.cells[0]), float(self.cells[-1])]
         for i, line in enumerate((self.target.left, self.target.right)):
             if self.tails == "linear" and line is not None:
-                apart = far[(far >= first) & (far <= last) & (np.abs(values - line[0] * far - line[1]) > NEAR)]
-                if len(apart):
-                    ends[i] = min(ends[0], float(apart[0])) if i == 0 else max(ends[1], float(apart[-1]))
+                apart = np.abs(values - line[0] * far - line[1]) * ((far >= first) & (far <= last))
+                outside = far < ends[0] if i == 0 else far > ends[1]
+                if (apart[outside] > APART).any():
+                    ends[i] = float(far[apart > NEAR][-i])
         return ends[0], ends[1]
 
     def four_deviations(self) -> tuple[float, float]:
