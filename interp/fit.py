@@ -284,17 +284,18 @@ def _least_squares(
         missed = np.abs(np.array(equalities) @ particular - values).max()
         if missed > 1e-6 * (1 + np.abs(values).max()):
             raise p.cannot_meet()
-    solution, _, _, singular = np.linalg.lstsq(system @ free, wanted - system @ particular, rcond=None)
+    # the triangle has the singular values of the whole system
+    triangle = np.linalg.qr(np.column_stack([system @ free, wanted - system @ particular]), mode="r")[: free.shape[1]]
+    solution, _, _, singular = np.linalg.lstsq(triangle[:, :-1], triangle[:, -1], rcond=None)
     numbers = particular + free @ solution
     condition = float(singular[0] / singular[-1]) if len(singular) and singular[-1] > 0 else 1.0
     return [float(v) for v in numbers] + [float(v) for v in shape], condition
 
 
 def _measure(p: Problem, result: Fit) -> Fit:
-    value, slope = result(p.x)
-    error, slope_error = value - p.f, np.where(p.smooth(p.x), slope - p.d, 0.0)
-    far_value, far_slope = result(p.far[0])
-    sup, slope_sup = np.abs(far_value - p.far[1]).max(), np.abs(far_slope - p.far[2]).max()
+    n, (value, slope) = len(p.x), result(np.concatenate([p.x, p.far[0]]))
+    error, slope_error = value[:n] - p.f, np.where(p.smooth(p.x), slope[:n] - p.d, 0.0)
+    sup, slope_sup = np.abs(value[n:] - p.far[1]).max(), np.abs(slope[n:] - p.far[2]).max()
     if p.tails == "linear":
         sup, slope_sup = max(sup, np.abs(error).max()), max(slope_sup, np.abs(slope_error).max())
     square, slope_square = float(p.w @ error**2), float(p.w @ slope_error**2)

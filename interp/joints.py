@@ -19,6 +19,9 @@ NODES = 48
 STARTS = 3
 """How many of those pairs are improved."""
 
+SIZES = (1.0, 1 / 3, 1 / 9)
+"""Of the steps that are tried together."""
+
 SYMMETRIC = np.array([(-1.0, 1.0), (1.0, -1.0)])
 """The ways of joints that stay symmetric."""
 
@@ -80,26 +83,61 @@ def moves(fixed: tuple[float | None, float | None]) -> np.ndarray:
 
 
 def pattern_search(p: Problem, objective: Objective, ends: np.ndarray, ways: np.ndarray):
-    """Move pairs of joints (starts, 2) by steps of three sizes at once, until the least does not help; and J there.
+    """Move pairs of joints (starts, 2) by steps of several sizes at once, until none helps; and J there.
 
-    Where the longest step is the best the next ones are twice as long.
+    The steps are made from where the parabola through the last ones is least, or, if it has no such place, from the
+    best pair.
     """
-    ways = np.concatenate([ways, ways / 3, ways / 9])
-    ends, values, step = ends.copy(), objective(ends), (ends[:, 1] - ends[:, 0]) / 8
-    size = np.abs(ways).max(axis=1)
+    parabola = Parabola(ways)
+    every = np.concatenate([[[0.0, 0.0]], *(ways * size for size in SIZES)])
+    ring = np.append(len(SIZES) - 1, np.repeat(np.arange(len(SIZES)), len(ways)))  # of each step, by its size
+    size, first = np.array(SIZES)[ring], 1 + ring * len(ways)
+    ends, aim, step, values = ends.copy(), ends.copy(), (ends[:, 1] - ends[:, 0]) / 8, np.full(len(ends), inf)
     for _ in range(30):
         going = np.flatnonzero(step >= 1e-3 * p.unit)
         if not len(going):
             break
-        at = np.clip(ends[going, None] + step[going, None, None] * ways, *p.ends)
+        rows, unit = np.arange(len(going))[:, None], step[going]
+        at = np.clip(aim[going, None] + unit[:, None, None] * every, *p.ends)
         there = objective(at.reshape(-1, 2)).reshape(at.shape[:2])
         best = there.argmin(axis=1)
-        found = there[np.arange(len(going)), best]
+        found = there[rows[:, 0], best]
         better = found < values[going]
         moved = going[better]
         ends[moved], values[moved] = at[better, best[better]], found[better]
-        step[going] *= np.where(better, np.where(size[best] == 1, 2.0, np.maximum(1 / 3, size[best])), 1 / 27)
+        # the parabola through the steps of the best's size
+        around = np.concatenate([np.zeros_like(rows), first[best, None] + np.arange(len(ways))], axis=1)
+        goal, curved = parabola.least(there[rows, around])
+        goal = np.clip(aim[going] + (unit * size[best])[:, None] * goal, *p.ends)
+        apart = np.abs(goal - ends[going]).max(axis=1)
+        aim[going] = np.where(curved[:, None], goal, ends[going])
+        blind = unit * np.where(better & (best > 0), np.where(size[best] == 1, 2.0, size[best]), SIZES[-1] / 3)
+        least = np.where(best == 0, SIZES[-1] / 3, SIZES[-1])
+        step[going] = np.where(curved, np.clip(apart / 2, unit * least, 2 * unit), blind)
     return ends, values
+
+
+class Parabola:
+    """Where parabolas are least that go through values at zero and some ways off."""
+
+    def __init__(self, ways: np.ndarray):
+        _, size, axes = np.linalg.svd(ways)
+        self.axes = axes[: int((size > 1e-9).sum())]
+        z = np.vstack([np.zeros(2), ways]) @ self.axes.T
+        self.pairs = np.triu_indices(len(self.axes))
+        terms = np.column_stack([z**0, z, *(z[:, i] * z[:, j] for i, j in zip(*self.pairs, strict=True))])
+        self.solve = np.linalg.pinv(terms[:, len(self.axes) - 1 :])
+
+    def least(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The places, at most 3 ways off, from values (parabolas, ways + 1); and which have such a place."""
+        fine, n = np.isfinite(values).all(axis=1), len(self.axes)
+        found = np.where(fine[:, None], values, 0.0) @ self.solve.T
+        bend = np.zeros((len(values), n, n))
+        bend[:, *self.pairs] = found[:, n + 1 :]
+        curve, axes = np.linalg.eigh(bend + bend.swapaxes(1, 2))
+        curved = fine & (curve[:, 0] > 0)
+        along = (found[:, None, 1 : n + 1] @ axes)[:, 0] / np.where(curved[:, None], curve, 1.0)
+        return (-np.clip(along, -3, 3)[:, None] @ axes.swapaxes(1, 2))[:, 0] @ self.axes, curved
 
 
 class Objective:
@@ -128,21 +166,26 @@ class Objective:
         rank = int((size > 1e-10 * size[0]).sum())
         self.equalities = u, size[:rank], vt[:rank]
         self.free = vt[rank:].T
+        self.asked = sum(side.equalities for side in sides)
 
     def __call__(self, joints: np.ndarray) -> np.ndarray:
-        (lo, hi), p, weight = joints.T, self.samples, self.samples.weight
+        p, weight, lo, hi = self.samples, self.samples.weight, joints[:, 0], joints[:, 1]
         narrow = hi - lo < (p.degree + 1) * self.step  # fewer nodes than coefficients
         hi = np.where(narrow, lo + 1, hi)
         unit = (hi - lo)[:, None] / 2 / self.reach
-        x, w = p.gauss(np.stack([lo, hi], axis=1), self.count)
-        f, d = p.near(x)
-        tails, wanted = np.zeros(len(lo)), []
-        for i, (side, joint) in enumerate(zip(self.sides, (lo, hi), strict=True)):
-            value, slope = p.ask(side, joint)
-            tails += p.tail(i, side.line, joint)
-            wanted += [value, slope * unit[:, 0]][: side.equalities]
+        both = np.stack([lo, hi], axis=1)
+        x, w = p.gauss(both, self.count)
+        f, d = p.near(np.concatenate([both, x], axis=1))
+        tails, target, first = 0.0, np.empty((len(lo), self.asked)), 0
+        for i, side in enumerate(self.sides):
+            value, slope, share, _ = p.meet(i, side, both[:, i], f[:, i], d[:, i])
+            tails = tails + share
+            target[:, first] = value
+            if side.equalities == 2:
+                target[:, first + 1] = slope * unit[:, 0]
+            first += side.equalities
+        f, d = f[:, 2:], d[:, 2:]
         u, size, rows = self.equalities
-        target = np.stack(wanted, axis=1)
         inside = target @ u[:, : len(size)]
         missed = np.abs(inside @ u[:, : len(size)].T - target).max(axis=1) > 1e-7 * (1 + np.abs(target).max())
         c = (inside / size) @ rows

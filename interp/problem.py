@@ -25,7 +25,7 @@ DETAIL = 10
 MOST = 2**19
 """Nodes of a law, at most."""
 
-APART, NEAR = 2e-2, 2e-3
+APART, NEAR = 1.2e-2, 2e-3
 """The distance of a target from its asymptote beyond the law that is too much, and one that is near enough."""
 
 PANELS = 16
@@ -179,11 +179,15 @@ class Problem:
         value, slope = self.target(np.array([joint]))
         return float(value[0]), float(slope[0])
 
-    def ask(self, side: Side, joints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The same at many joints, for the searches."""
-        if side.line is not None:
-            return side.line[0] * joints + side.line[1], np.full_like(joints, side.line[0])
-        return self.near(joints)
+    def meet(self, i: int, side: Side, joint: np.ndarray, value: np.ndarray, slope: np.ndarray) -> tuple:
+        """Value and slope asked of the core at the left (0) or right (1) joints, where the target has these.
+
+        And the share of J in the tail there, and how that grows with the joint where the tail is the target's tangent.
+        """
+        if side.line is None:
+            return value, slope, *self.tangent(i, joint, value, slope)
+        share = np.interp(joint, self.cells, self.running(i, side.line))
+        return side.line[0] * joint + side.line[1], side.line[0], share, 0.0
 
     def near(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The target at `x` between the ends, from a table of cubics between its kinks: fast, for the searches."""
@@ -251,12 +255,6 @@ class Problem:
         pairs = np.stack([borders[:, :-1], borders[:, 1:]], axis=2).reshape(-1, 2)
         x, w = self.gauss(pairs, count // (len(kinks) + 1))
         return x.reshape(len(joints), -1), w.reshape(len(joints), -1)
-
-    def tail(self, i: int, line: Line | None, joint: np.ndarray) -> np.ndarray:
-        """The share of J in the left (0) or right (1) tail for each joint."""
-        if line is not None:
-            return np.interp(joint, self.cells, self.running(i, line))
-        return self.tangent(i, joint, *self.near(joint))[0]
 
     def tangent(self, i: int, joint: np.ndarray, value: np.ndarray, slope: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The share of J in a tail that takes the target's value and slope at the joint, and how it grows with it."""

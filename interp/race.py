@@ -278,7 +278,7 @@ class Race:
         matrix = np.zeros((len(gram), total, total))
         matrix[:, :linear, :linear] = gram
         matrix[:, :linear, linear:], matrix[:, linear:, :linear] = equal.swapaxes(1, 2), equal
-        diagonal = np.einsum("snn->sn", matrix)
+        diagonal = matrix.reshape(len(gram), -1)[:, :: total + 1]
         diagonal[:, :linear] += (self.rounding * share) ** 2
         diagonal[:, linear:] = -1 / self.equality**2
         found = np.linalg.solve(matrix, np.concatenate([right, asked], axis=1))
@@ -309,11 +309,7 @@ class Race:
             at = np.concatenate([joints, x], axis=1)
             f, d = p.near(at)
             for i, side in enumerate(self.sides):
-                if side.line is None:
-                    tails[:, i], growth[:, i] = p.tangent(i, joints[:, i], f[:, i], d[:, i])
-                else:
-                    f[:, i], d[:, i] = side.line[0] * joints[:, i] + side.line[1], side.line[0]
-                    tails[:, i] = p.tail(i, side.line, joints[:, i])
+                f[:, i], d[:, i], tails[:, i], growth[:, i] = p.meet(i, side, joints[:, i], f[:, i], d[:, i])
         return Sample(joints, astray, (at - location) / scale - shift, w, f, d, tails, growth)
 
     def solve(self, frame: np.ndarray, alpha: np.ndarray) -> Solved:
@@ -380,7 +376,8 @@ class Race:
 
         The Hessian is made of the gradients at a place and beside it in each number, all of them in one batch. A step
         goes down along each axis of the Hessian, at most so far; there are two, for log J and for J, and the better
-        one counts. The search ends where none of the starts can become better than the best by a share `settled`.
+        one counts. The gradients beside it are those of the first; where the second is better the last Hessian is
+        updated. The search ends where none of the starts can become better than the best by a share `settled`.
         """
         count, n = alpha.shape
         joints = self.joints(alpha)
@@ -411,20 +408,26 @@ class Race:
 
     def step(self, walk: Walk, beside: np.ndarray, ends: np.ndarray) -> None:
         """Try where to go, go there if it is better, and choose where to try next."""
-        count, lanes, n = walk.trials.shape
-        points = np.repeat(walk.trials[:, :, None], n + 1, axis=2)
-        np.einsum("slnn->sln", points[:, :, 1:])[:] += walk.unit[:, None] * beside
-        value, gradient = self.gradient(np.repeat(walk.frame, lanes * (n + 1), axis=0), points.reshape(-1, n))
-        value = value.reshape(count, lanes, n + 1) + self.floor / 10
-        best = np.arange(count), value[..., 0].argmin(axis=1)
-        there = np.log(value[..., 0][best])
-        slopes = gradient.reshape(*value.shape, n)[best] / value[best][..., None] * walk.unit[:, None]
-        bend = (slopes[:, 1:] - slopes[:, :1]) / beside[:, None]
+        (count, lanes, n), rows = walk.trials.shape, np.arange(len(walk.trials))
+        points = np.concatenate([np.repeat(walk.trials[:, :1], n + 1, axis=1), walk.trials[:, 1:]], axis=1)
+        points[:, np.arange(1, n + 1), np.arange(n)] += walk.unit * beside
+        value, gradient = self.gradient(np.repeat(walk.frame, n + lanes, axis=0), points.reshape(-1, n))
+        value = value.reshape(count, -1) + self.floor / 10
+        slopes = gradient.reshape(count, -1, n) / value[..., None] * walk.unit[:, None]
+        tried = np.array([0, *range(n + 1, n + lanes)])
+        best = rows, value[:, tried].argmin(axis=1)
+        at = rows, tried[best[1]]
+        there, slope = np.log(value[at]), slopes[at]
+        bend = (slopes[:, 1 : n + 1] - slopes[:, :1]) / beside[:, None]
+        bend = (bend + bend.swapaxes(1, 2)) / 2
+        if best[1].any():
+            moved = (walk.trials[best] - walk.alpha) / walk.unit
+            bend = np.where((best[1] > 0)[:, None, None], _rank_one(walk.hessian, moved, slope - walk.slope), bend)
         gain, hoped = walk.value - there, walk.hoped[best]
         good, grown = gain > 0, np.where(gain > 0.5 * hoped, 2.0, np.where(gain < 0.2 * hoped, 0.5, 1.0))
         walk.radius = np.where(good, walk.radius * grown, np.minimum(walk.radius, walk.length[best]) / 4)
         walk.value[good], walk.alpha = there[good], np.where(good[:, None], walk.trials[best], walk.alpha)
-        walk.slope[good], walk.hessian[good] = slopes[good, 0], ((bend + bend.swapaxes(1, 2)) / 2)[good]
+        walk.slope[good], walk.hessian[good] = slope[good], bend[good]
         held = ((walk.alpha <= ends[0]) & (walk.slope > 0)) | ((walk.alpha >= ends[1]) & (walk.slope < 0))
         down = np.where(held, 0.0, walk.slope)
         curved = np.where(held[:, None] | held[..., None] | ~np.isfinite(walk.hessian), 0.0, walk.hessian)
@@ -497,6 +500,15 @@ def _solved(model: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.linalg.solve(model, b)
     except np.linalg.LinAlgError:
         return np.linalg.pinv(np.nan_to_num(model), hermitian=True) @ b
+
+
+def _rank_one(hessian: np.ndarray, moved: np.ndarray, rise: np.ndarray) -> np.ndarray:
+    """The Hessians that explain how the gradients rose over steps, by a change of rank one (Broyden, 1967)."""
+    missed = rise - (hessian @ moved[..., None])[..., 0]
+    along = (missed * moved).sum(axis=1)
+    sure = np.abs(along) > 1e-8 * np.linalg.norm(missed, axis=1) * np.linalg.norm(moved, axis=1)
+    change = missed[:, :, None] * missed[:, None] / np.where(sure, along, 1.0)[:, None, None]
+    return hessian + np.where(sure[:, None, None], change, 0.0)
 
 
 def _bent(bent: np.ndarray, now: State, then: State) -> np.ndarray:

@@ -45,7 +45,7 @@ LAST = (3, 60)
 FEW = (24, 2)
 """Nodes in the core for a family with one shape number, and how many more with each degree."""
 
-ONE = (6, 4, 3, 2, 2, 2, 2, 1, 1)
+ONE = (6, 4, 3, 3, 3, 2, 2, 2, 2, 1)
 """How many starts of a family with one shape number, no two with the same, are improved by a step; by another; ..."""
 
 PAIRS = 5
