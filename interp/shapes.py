@@ -54,7 +54,7 @@ PAIRS = 5
 FAR = 100.0
 """J, in the least of them, from which a start is left alone."""
 
-SETTLED = 1e-2
+SETTLED = 2e-2
 """The share of J for which no further step is taken there."""
 
 CHOSEN = 12
