@@ -22,6 +22,9 @@ STARTS = 3
 SIZES = (1.0, 1 / 3, 1 / 9)
 """Of the steps that are tried together."""
 
+SLIGHT = 1e-3
+"""The gain, as a share of J, from which the next steps are no longer."""
+
 SYMMETRIC = np.array([(-1.0, 1.0), (1.0, -1.0)])
 """The ways of joints that stay symmetric."""
 
@@ -103,6 +106,7 @@ def pattern_search(p: Problem, objective: Objective, ends: np.ndarray, ways: np.
         best = there.argmin(axis=1)
         found = there[rows[:, 0], best]
         better = found < values[going]
+        little = better & (found > values[going] * (1 - SLIGHT))
         moved = going[better]
         ends[moved], values[moved] = at[better, best[better]], found[better]
         # the parabola through the steps of the best's size
@@ -114,6 +118,7 @@ def pattern_search(p: Problem, objective: Objective, ends: np.ndarray, ways: np.
         blind = unit * np.where(better & (best > 0), np.where(size[best] == 1, 2.0, size[best]), SIZES[-1] / 3)
         least = np.where(best == 0, SIZES[-1] / 3, SIZES[-1])
         step[going] = np.where(curved, np.clip(apart / 2, unit * least, 2 * unit), blind)
+        step[going[little]] = np.minimum(step[going], unit * SIZES[-1])[little]
     return ends, values
 
 
