@@ -22,7 +22,7 @@ STARTS = 3
 SIZES = (1.0, 1 / 3, 1 / 9)
 """Of the steps that are tried together."""
 
-SLIGHT = 1e-3
+SLIGHT = 1e-4
 """The gain, as a share of J, from which the next steps are no longer."""
 
 SYMMETRIC = np.array([(-1.0, 1.0), (1.0, -1.0)])
