@@ -13,8 +13,8 @@ from .problem import Problem, Side, legendre
 LOW = 7
 """The degree up to which all pairs of joints are scanned: one side may be worth more than the other."""
 
-NODES = 48
-"""Gauss-Legendre nodes in the core; two thirds of them at those low degrees."""
+NODES = 64
+"""Gauss-Legendre nodes in the core; half of them at those low degrees."""
 
 STARTS = 3
 """How many of those pairs are improved."""
@@ -157,7 +157,7 @@ class Objective:
         p, family = samples, samples.family
         assert isinstance(family, Linear)
         self.reach = family.reach(samples.degree)
-        self.count = NODES if samples.degree > LOW else 2 * NODES // 3
+        self.count = NODES if samples.degree > LOW else NODES // 2
         self.step = p.step
         z = np.concatenate([self.reach * legendre(self.count, samples.panels)[0], [-self.reach, self.reach]])
         values = np.stack(family.basis(z, p.degree), axis=-1)
