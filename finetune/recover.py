@@ -35,6 +35,9 @@ from .swap import Swap
 LENGTH = 256
 """Tokens of a window of a causal model."""
 
+RATE = 3e-3
+"""Of the activations, from a start that is solved already (`benchmarks/recovery.py` tries several)."""
+
 SOLVED = 64
 """Texts, images or windows that the start is solved on."""
 
@@ -48,7 +51,7 @@ def recover(
     *,
     steps: int = 60,
     what: str = "activations",
-    rate: float = 0.01,
+    rate: float = RATE,
     weight_rate: float = 3e-4,
     swap: str | None = "auto",
     limit: int | None = None,
