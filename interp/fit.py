@@ -131,7 +131,11 @@ def fit(
     start = perf_counter()
     check_options(family, degree, tails, derivative_weight)
     problem = Problem(get_target(target), get_family(family), degree, domain or Gaussian(), tails, derivative_weight)
-    return replace(_solve(problem), seconds=perf_counter() - start)
+    try:
+        found = _solve(problem)
+    except np.linalg.LinAlgError as error:
+        raise problem.cannot_meet() from error
+    return replace(found, seconds=perf_counter() - start)
 
 
 def variance_preserving(family: str = "hermite", degree: int = 3) -> Fit:

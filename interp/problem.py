@@ -78,8 +78,10 @@ class Problem:
         self.cells = np.append(x - self.step / 2, x[-1] + self.step / 2)
         self.ends = self.reach()
         """Between which joints may lie."""
-        self.panels = int(min(np.ceil((self.ends[1] - self.ends[0]) / (self.cells[-1] - self.cells[0]) - 1e-9), PANELS))
-        """Parts of a core that have the nodes of one each, for a law that is narrow in it to be seen."""
+        narrow = (self.ends[1] - self.ends[0]) / (self.cells[-1] - self.cells[0])
+        self.panels, self.wider = int(min(np.ceil(narrow - 1e-9), PANELS)), max(narrow / PANELS, 1.0)
+        """Parts of a core that have the nodes of one each, for a law that is narrow in it to be seen; and how much
+        wider it is taken for where these are too few."""
         self.sums: dict[tuple[int, Line], np.ndarray] = {}
 
     def smooth(self, x: np.ndarray) -> np.ndarray:
@@ -110,6 +112,9 @@ class Problem:
                 outside = far < ends[0] if i == 0 else far > ends[1]
                 if (apart[outside] > APART).any():
                     ends[i] = float(far[apart > NEAR][-i])
+        for kink in self.target.kinks:
+            if not ends[0] < kink < ends[1]:
+                ends = [min(ends[0], kink - self.domain.std), max(ends[1], kink + self.domain.std)]
         return ends[0], ends[1]
 
     def four_deviations(self) -> tuple[float, float]:
@@ -234,11 +239,12 @@ class Problem:
         t, w = legendre(count, self.panels)
         half = (joints[:, 1:] - joints[:, :1]) / 2
         x = (joints[:, 1:] + joints[:, :1]) / 2 + half * t
-        place = np.minimum(np.maximum((x - (self.x[0] - self.step)) / self.step, 0), len(self.x) + 1)
+        at = x if self.wider == 1 else self.domain.mean + (x - self.domain.mean) / self.wider
+        place = np.minimum(np.maximum((at - (self.x[0] - self.step)) / self.step, 0), len(self.x) + 1)
         cell, (weights, rises) = place.astype(int), self.density
         here = weights.take(cell)
         here += (place - cell) * rises.take(cell)
-        here *= half / self.step
+        here *= half / (self.step * self.wider)
         here += UNSEEN / 2
         return x, here * w
 
