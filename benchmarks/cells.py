@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -35,6 +35,12 @@ class Table:
     """A function that a new process can import: the figures of a row at a rate with a seed."""
     worth: Callable[[Cell], float]
     """What the rate is chosen by, on the first seed; the more the better."""
+    own: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """The rates of rows that have others."""
+
+    def tried(self, row: str) -> tuple[float, ...]:
+        """The rates of a row."""
+        return self.own.get(row, self.rates)
 
     def cells(self) -> list[Cell]:
         """What the file holds."""
@@ -43,9 +49,9 @@ class Table:
     def best(self, cells: list[Cell], row: str) -> float | None:
         """The rate of a row that is the best with the first seed; None until all were tried."""
         found = {c["rate"]: c for c in cells if c["row"] == row and c["seed"] == self.seeds[0]}
-        if any(rate not in found for rate in self.rates):
+        if any(rate not in found for rate in self.tried(row)):
             return None
-        return max(self.rates, key=lambda rate: -math.inf if "failed" in found[rate] else self.worth(found[rate]))
+        return max(self.tried(row), key=lambda rate: -math.inf if "failed" in found[rate] else self.worth(found[rate]))
 
     def chosen(self, cells: list[Cell]) -> Iterator[tuple[str, list[Cell]]]:
         """Of each row that is tried, the cells at its best rate."""
@@ -60,7 +66,7 @@ class Table:
         wanted = []
         for row in self.rows:
             rate = self.best(cells, row)
-            wanted += [(row, rate, self.seeds[0]) for rate in self.rates]
+            wanted += [(row, rate, self.seeds[0]) for rate in self.tried(row)]
             wanted += [(row, rate, seed) for seed in self.seeds[1:]] if rate is not None else []
         return [one for one in wanted if one not in done]
 

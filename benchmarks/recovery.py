@@ -51,6 +51,7 @@ MODELS = {  # title, model, what it is measured on
 STEPS, BATCH, LENGTH = 86, 8, 256  # 176,128 tokens, and a tenth that is held out: below 200,000
 RATES = {"demo": (3e-3, 1e-2, 3e-2), "smollm2": (1e-2,)}  # the second takes what served the first
 SEEDS = (0, 1, 2)
+SMALL = f"{STEPS * BATCH // 2} steps of 2"
 EVALUATE = 8192
 KEYS = ("loss_base", "loss", "perplexity_base", "perplexity", "change", "kl", "top1_agreement")
 
@@ -70,6 +71,11 @@ def rows(name: str) -> dict[str, dict[str, Any]]:
     for degree in (3, 4, 6):  # no step at all
         row = {"degree": degree, "calibrated": True, "what": "activations", "groups": "per-channel", "steps": 0}
         found[f"degree {degree}, calibrated, per channel: least squares alone"] = row
+    if name == "smollm2":  # the same tokens in more and smaller steps, from the least squares
+        for calibrated in (False, True):
+            row = {"degree": 3, "calibrated": calibrated, "what": "activations+norms", "groups": "per-channel"}
+            title = f"degree 3{', calibrated' if calibrated else ''}, per channel: activations+norms, {SMALL}"
+            found[title] = {**row, "steps": STEPS * BATCH // 2, "batch": 2, "swap": None, "rates": (4e-4,)}
     if name == "smollm2":  # where a conversion is coarse `recover` swaps site by site
         for swap, title in ((None, "at once"), ("blend", "blended in")):
             row = {"degree": 3, "calibrated": True, "what": "activations", "swap": swap}
@@ -121,7 +127,7 @@ def run(name: str, steps: int, row: str, rate: float, seed: int) -> Cell:
         convert_(source.model, degree=made["degree"], domains=laws, **how)
         before = exactly(source, options)
         swap = {"swap": made["swap"]} if "swap" in made else {}
-        learnt = {"what": made["what"], "rate": rate, "batch_size": BATCH, "seed": seed, **swap}
+        learnt = {"what": made["what"], "rate": rate, "batch_size": made.get("batch", BATCH), "seed": seed, **swap}
         found = recover(source, folder / "train.txt", steps=made.get("steps", steps), **learnt)
         found.pop("data")
         after = exactly(source, options)
@@ -188,9 +194,9 @@ def worth(cell: Cell) -> float:
 
 
 def table_of(name: str, folder: Path, steps: int = STEPS) -> Table:
-    return Table(
-        folder / f"recovery-{name}.json", tuple(rows(name)), RATES[name], SEEDS, partial(run, name, steps), worth
-    )
+    own = {row: made["rates"] for row, made in rows(name).items() if "rates" in made}
+    file = folder / f"recovery-{name}.json"
+    return Table(file, tuple(rows(name)), RATES[name], SEEDS, partial(run, name, steps), worth, own)
 
 
 def markdown(folder: Path) -> str:

@@ -38,3 +38,5 @@ def test_the_first_seed_chooses_the_rate(tmp_path):
     cells = [{"row": "a", "rate": 1.0, "seed": 5, "v": 3}, {"row": "a", "rate": 2.0, "seed": 5, "failed": "it did"}]
     assert table.todo(cells) == [("a", 1.0, 6), ("b", 1.0, 5), ("b", 2.0, 5)]
     assert [row for row, _ in table.chosen(cells)] == ["a"]
+    own = replace(table, own={"b": (3.0,)})
+    assert own.todo(cells) == [("a", 1.0, 6), ("b", 3.0, 5)]
