@@ -289,8 +289,9 @@ def _least_squares(
         if missed > 1e-6 * (1 + np.abs(values).max()):
             raise p.cannot_meet()
     # the triangle has the singular values of the whole system
-    triangle = np.linalg.qr(np.column_stack([system @ free, wanted - system @ particular]), mode="r")[: free.shape[1]]
-    solution, _, _, singular = np.linalg.lstsq(triangle[:, :-1], triangle[:, -1], rcond=None)
+    size = free.shape[1]
+    triangle = np.array(np.linalg.qr(np.column_stack([system @ free, wanted - system @ particular]), mode="r"))[:size]
+    solution, _, _, singular = np.linalg.lstsq(triangle[:, :size], triangle[:, size], rcond=None)
     numbers = particular + free @ solution
     condition = float(singular[0] / singular[-1]) if len(singular) and singular[-1] > 0 else 1.0
     return [float(v) for v in numbers] + [float(v) for v in shape], condition

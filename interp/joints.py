@@ -130,18 +130,18 @@ class Parabola:
         self.axes = axes[: int((size > 1e-9).sum())]
         z = np.vstack([np.zeros(2), ways]) @ self.axes.T
         self.pairs = np.triu_indices(len(self.axes))
-        terms = np.column_stack([z**0, z, *(z[:, i] * z[:, j] for i, j in zip(*self.pairs, strict=True))])
-        self.solve = np.linalg.pinv(terms[:, len(self.axes) - 1 :])
+        products = [z[:, i] * z[:, j] for i, j in zip(*self.pairs, strict=True)]
+        self.solve = np.linalg.pinv(np.column_stack([np.ones(len(z)), z, *products]))
 
     def least(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The places, at most 3 ways off, from values (parabolas, ways + 1); and which have such a place."""
-        fine, n = np.isfinite(values).all(axis=1), len(self.axes)
-        found = np.where(fine[:, None], values, 0.0) @ self.solve.T
+        n, fine = len(self.axes), np.isfinite(values.sum(axis=1))
+        found = np.where(fine.reshape(-1, 1), values, 0.0) @ self.solve.T
         bend = np.zeros((len(values), n, n))
         bend[:, *self.pairs] = found[:, n + 1 :]
         curve, axes = np.linalg.eigh(bend + bend.swapaxes(1, 2))
         curved = fine & (curve[:, 0] > 0)
-        along = (found[:, None, 1 : n + 1] @ axes)[:, 0] / np.where(curved[:, None], curve, 1.0)
+        along = (found[:, None, 1 : n + 1] @ axes)[:, 0] / np.where(curved.reshape(-1, 1), curve, 1.0)
         return (-np.clip(along, -3, 3)[:, None] @ axes.swapaxes(1, 2))[:, 0] @ self.axes, curved
 
 
