@@ -70,7 +70,7 @@ def search_joints(p: Problem, sides: tuple[Side, Side]) -> tuple[float, float]:
     found, value = pattern_search(p, objective, ends[best : best + 1], SYMMETRIC if symmetric else moves(fixed))
     if p.degree <= LOW and fixed == (None, None):
         pairs = np.array(list(product(np.geomspace(0.3, 8, 10) * spread, repeat=2)))
-        pairs = np.clip(centre + pairs * [-1, 1], least, most)
+        pairs = np.unique(np.clip(centre + pairs * [-1, 1], least, most), axis=0)
         pairs = pairs[np.argsort(objective(pairs), kind="stable")[:STARTS]]
         others, values = pattern_search(p, objective, pairs, moves(fixed))
         if values.min() < value[0] * (1 - SAME):
@@ -117,7 +117,8 @@ def pattern_search(p: Problem, objective: Objective, ends: np.ndarray, ways: np.
         aim[going] = np.where(curved[:, None], goal, ends[going])
         blind = unit * np.where(better & (best > 0), np.where(size[best] == 1, 2.0, size[best]), SIZES[-1] / 3)
         least = np.where(best == 0, SIZES[-1] / 3, SIZES[-1])
-        step[going] = np.where(curved, np.clip(apart / 2, unit * least, 2 * unit), blind)
+        far = apart * np.where((best > 0) & (size[best] == 1), 2, 0.5)
+        step[going] = np.where(curved, np.clip(far, unit * least, 2 * unit), blind)
         step[going[little]] = np.minimum(step[going], unit * SIZES[-1])[little]
     return ends, values
 
