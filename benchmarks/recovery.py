@@ -76,7 +76,7 @@ def rows(name: str) -> dict[str, dict[str, Any]]:
             row = {"degree": 3, "calibrated": calibrated, "what": "activations+norms", "groups": "per-channel"}
             title = f"degree 3{', calibrated' if calibrated else ''}, per channel: activations+norms, {SMALL}"
             found[title] = {**row, "steps": STEPS * BATCH // 2, "batch": 2, "swap": None, "rates": (4e-4,)}
-    if name == "smollm2":  # where a conversion is coarse `recover` swaps site by site
+        # where a conversion is coarse `recover` swaps site by site
         for swap, title in ((None, "at once"), ("blend", "blended in")):
             row = {"degree": 3, "calibrated": True, "what": "activations", "swap": swap}
             found[f"degree 3, calibrated: activations, {title}"] = row

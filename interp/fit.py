@@ -134,7 +134,11 @@ def fit(
     try:
         found = _solve(problem)
     except np.linalg.LinAlgError as error:
-        raise problem.cannot_meet() from error
+        law = problem.domain
+        raise OrthoactError(
+            f"no {family} copy of {problem.target.name} was found for inputs of mean {law.mean:g} and std {law.std:g}: "
+            f"choose another family or degree, or exclude the site"
+        ) from error
     return replace(found, seconds=perf_counter() - start)
 
 

@@ -392,7 +392,9 @@ SIZES = [1e-4, 0.05, 30.0, 200.0]
 def test_a_law_of_another_size_than_the_target(name, target, law):
     """It is copied all the same, and nothing is reported that a dense grid does not confirm."""
     if name == "tropical" and target == "hardtanh":
-        pytest.skip("a convex copy cannot have its asymptotes")
+        with pytest.raises(OrthoactError, match="convex"):
+            fit(target, family=name, degree=4, domain=law)
+        return
     copy, known = fit(target, family=name, degree=4, domain=law), get_target(target)
     x, w = law.nodes()
     finer = np.linspace(-0.5, 0.5, 4001)[:-1] * (x[1] - x[0])
@@ -401,6 +403,12 @@ def test_a_law_of_another_size_than_the_target(name, target, law):
     assert copy.value_rms == pytest.approx(rms, rel=0.1, abs=2e-8)
     if name != "tropical":  # which cannot have GELU's dip
         assert copy.share < 0.02 or copy.value_rms < {"tropical-rational": 3e-3}.get(name, 1e-4), "it is a copy"
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_law_that_no_search_ends_for_is_refused_in_a_sentence():
+    with pytest.raises(OrthoactError, match=r"no fourier copy of relu2 .* std 1e\+06: choose another"):
+        fit("relu2", family="fourier", degree=4, domain=Gaussian(0.0, 1e6))
 
 
 def lines(start, kinks, jumps) -> list[tuple[float, float]]:
