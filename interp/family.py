@@ -241,6 +241,13 @@ class Separable(Family):
 
         return series
 
+    def through(self, degree: int, values: np.ndarray, slopes: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """Shapes and linear numbers of what has these values and slopes, (starts, 2), at z = -reach and z = reach.
+
+        None where they leave a choice.
+        """
+        return None
+
     def relaxed(self) -> Separable | None:
         """A smoother family that holds most of the best members of this one, to be searched before it."""
         return None

@@ -22,7 +22,7 @@ from .domains import Gaussian, Law
 from .errors import OrthoactError
 from .families import get_family
 from .family import TAILS, Family, Linear, Piecewise, Separable
-from .joints import search_joints
+from .joints import Series, search_joints
 from .kinks import search_kinks
 from .problem import Problem, Side
 from .race import ROUNDING
@@ -204,7 +204,7 @@ def _solve(p: Problem) -> Fit:
             shape, lo, hi = found.shape, found.lo, found.hi
             location, scale, rounding = found.location, found.scale, found.rounding
         elif p.tails == "linear":
-            lo, hi = search_joints(p, sides)
+            lo, hi = search_joints(p, sides, Series(p, sides))
         lo, hi = float(np.float32(lo)), float(np.float32(hi))  # the module keeps them so
         if isinstance(family, Linear) and p.tails == "linear":  # the core spans what the basis is well conditioned on
             half = (hi - lo) / 2

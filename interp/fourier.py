@@ -81,6 +81,12 @@ def _products(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return apart, together, np.outer(orders, orders)
 
 
+STRAIGHT = 1e-8
+"""How far, as a share, a rise may be from what the slopes make it: a wave as long as that is a line to float32."""
+
+FAR = 1e12
+"""What the ratio of the slopes and the rise may be at most."""
+
 HALF_SINE = _polynomial(lambda t: pi * np.sinc(t), 4)
 HALF_COSINE = _polynomial(lambda t: np.cos(pi * t), 4)
 
@@ -115,6 +121,28 @@ class Fourier(Separable):
 
     def starts(self, degree, z, w, f):
         return np.tile([[0.8], [0.68], [0.55], [0.4], [0.25], [0.1]], (len(z), 1, 1))
+
+    def through(self, degree, values, slopes):
+        r"""One wave, with the phase u at pi: $u \cot u = \pi (S'(-\pi) + S'(\pi)) / (S(\pi) - S(-\pi))$.
+
+        Of its solutions that in (0, pi), if there is one. Else, where the rise is less than the slopes make it, that
+        beyond 2 pi: with the one beyond pi the curve falls in its middle.
+        """
+        if degree > 1:
+            return None
+        rise, total = values[:, 1] - values[:, 0], slopes.sum(axis=1)
+        with np.errstate(all="ignore"):  # joints through which there is no wave have an infinite J
+            y = np.where(total == 0, 0.0, np.clip(pi * total / rise, -FAR, FAR))
+            y = np.where(np.abs(y - 1) < STRAIGHT, 1 - STRAIGHT, y)
+            turn = np.where(y < 1, 0.0, 2 * pi)
+            phase = np.where(y < 1, pi * np.sqrt((1 - y) / (1 - y + pi**2 / 3)), turn + np.arctan(7 / y))
+            for _ in range(3):  # Newton's steps, which from there arrive at rounding
+                phase -= (phase - turn - np.arctan2(phase, y)) / (1 - y / (phase**2 + y**2))
+            shape, cosine, sine = phase / pi, np.cos(phase), np.sin(phase)
+            a = (slopes[:, 0] - slopes[:, 1]) / (2 * shape * sine)
+            b = np.where(np.abs(sine) > np.abs(cosine), rise / (2 * sine), total / (2 * shape * cosine))
+            a = np.where(slopes[:, 0] == slopes[:, 1], 0.0, a)
+        return shape[:, None], np.stack([values.mean(axis=1) - a * cosine, a, b], axis=1)
 
     def angles(self, shape: np.ndarray, z: np.ndarray, degree: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Cosine and sine of each harmonic, (starts, points, harmonics), and its frequency, for shapes in rows."""

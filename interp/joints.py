@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from itertools import product
 from math import inf, isfinite
 
 import numpy as np
 
-from .family import Linear
+from .family import Linear, Separable
 from .problem import Problem, Side, legendre
+from .race import ROUNDING
 
 LOW = 7
 """The degree up to which all pairs of joints are scanned: one side may be worth more than the other."""
@@ -32,12 +34,11 @@ SAME = 1e-4
 """The share of J that a pair which is not symmetric must gain where law and target are symmetric."""
 
 
-def search_joints(p: Problem, sides: tuple[Side, Side]) -> tuple[float, float]:
+def search_joints(p: Problem, sides: tuple[Side, Side], objective: Objective) -> tuple[float, float]:
     """The joints of least J: a scan outwards from the centre of the target's curvature, then a pattern search."""
     fixed = sides[0].joint, sides[1].joint
     if fixed[0] is not None and fixed[1] is not None:
         return fixed[0], fixed[1]
-    objective = Objective(p, sides)
     centre, spread = p.bend()
     symmetric = p.is_symmetric()
     if symmetric:
@@ -146,63 +147,120 @@ class Parabola:
         return (-np.clip(along, -3, 3)[:, None] @ axes.swapaxes(1, 2))[:, 0] @ self.axes, curved
 
 
-class Objective:
+class Objective(ABC):
     """J at many pairs of joints at once.
 
-    The core of each pair is mapped to the same |z| <= reach, where Gauss-Legendre nodes, the basis and the equalities
-    are the same for all; a pair changes only weights, targets and the unit of a slope. J is summed from squares.
+    The core of each pair is mapped to the same |z| <= reach, where the Gauss-Legendre nodes are the same for all; a
+    pair changes only weights, targets and the unit of a slope. J is summed from squares.
     """
 
-    def __init__(self, samples: Problem, sides: tuple[Side, Side]):
-        self.samples, self.sides = samples, sides
-        p, family = samples, samples.family
+    def __init__(self, p: Problem, sides: tuple[Side, Side]):
+        assert isinstance(p.family, Linear | Separable)
+        self.p, self.sides = p, sides
+        self.reach = p.family.reach(p.degree)
+        self.count = NODES if p.degree > LOW else NODES // 2
+        self.z = self.reach * legendre(self.count, p.panels)[0]
+        """The nodes."""
+
+    @abstractmethod
+    def core(
+        self, w: np.ndarray, f: np.ndarray, d: np.ndarray, asked: np.ndarray, turned: np.ndarray, weight: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Values and slopes by z of each core at the nodes, and what else J has: inf where there is no core.
+
+        From weights and targets at the nodes, values and slopes at the joints, (pairs, 2), and the weight of a slope.
+        """
+
+    def __call__(self, joints: np.ndarray) -> np.ndarray:
+        p, lo, hi = self.p, joints[:, 0], joints[:, 1]
+        narrow = hi - lo < (p.degree + 1) * p.step  # fewer nodes than coefficients
+        hi = np.where(narrow, lo + 1, hi)
+        unit = (hi - lo)[:, None] / 2 / self.reach
+        both = np.stack([lo, hi], axis=1)
+        x, w = p.gauss(both, self.count)
+        f, d = p.near(np.concatenate([both, x], axis=1))
+        tails, asked, turned = 0.0, f[:, :2], d[:, :2]
+        for i, side in enumerate(self.sides):
+            asked[:, i], turned[:, i], share, _ = p.meet(i, side, both[:, i], asked[:, i], turned[:, i])
+            tails = tails + share
+        f, d, weight = f[:, 2:], d[:, 2:] * unit, p.weight / unit**2
+        values, slopes, more = self.core(w, f, d, asked, turned * unit, weight)
+        value = (w * ((values - f) ** 2 + weight * (slopes - d) ** 2)).sum(axis=1) + tails + more
+        return np.where(narrow, inf, value)
+
+
+class Series(Objective):
+    """Of a linear family, whose basis and equalities are the same for all pairs too."""
+
+    def __init__(self, p: Problem, sides: tuple[Side, Side]):
+        super().__init__(p, sides)
+        family = p.family
         assert isinstance(family, Linear)
-        self.reach = family.reach(samples.degree)
-        self.count = NODES if samples.degree > LOW else NODES // 2
-        self.step = p.step
-        z = np.concatenate([self.reach * legendre(self.count, samples.panels)[0], [-self.reach, self.reach]])
+        z = np.concatenate([self.z, [-self.reach, self.reach]])
         values = np.stack(family.basis(z, p.degree), axis=-1)
         slopes = np.stack(family.slopes(z, p.degree), axis=-1)
         self.values, self.slopes = values[:-2], slopes[:-2]
         self.squares = np.concatenate(
             [(b[:, :, None] * b[:, None]).reshape(len(b), -1) for b in (self.values, self.slopes)]
         )
-        rows = [(values[i - 2], slopes[i - 2])[: side.equalities] for i, side in enumerate(self.sides)]
-        u, size, vt = np.linalg.svd(np.array([row for pair in rows for row in pair]))
+        self.steep = [i for i, side in enumerate(sides) if side.equalities == 2]
+        u, size, vt = np.linalg.svd(np.concatenate([values[-2:], slopes[-2:][self.steep]]))
         rank = int((size > 1e-10 * size[0]).sum())
         self.equalities = u, size[:rank], vt[:rank]
         self.free = vt[rank:].T
-        self.asked = sum(side.equalities for side in sides)
 
-    def __call__(self, joints: np.ndarray) -> np.ndarray:
-        p, weight, lo, hi = self.samples, self.samples.weight, joints[:, 0], joints[:, 1]
-        narrow = hi - lo < (p.degree + 1) * self.step  # fewer nodes than coefficients
-        hi = np.where(narrow, lo + 1, hi)
-        unit = (hi - lo)[:, None] / 2 / self.reach
-        both = np.stack([lo, hi], axis=1)
-        x, w = p.gauss(both, self.count)
-        f, d = p.near(np.concatenate([both, x], axis=1))
-        tails, target, first = 0.0, np.empty((len(lo), self.asked)), 0
-        for i, side in enumerate(self.sides):
-            value, slope, share, _ = p.meet(i, side, both[:, i], f[:, i], d[:, i])
-            tails = tails + share
-            target[:, first] = value
-            if side.equalities == 2:
-                target[:, first + 1] = slope * unit[:, 0]
-            first += side.equalities
-        f, d = f[:, 2:], d[:, 2:]
+    def core(self, w, f, d, asked, turned, weight):
+        target = np.concatenate([asked, turned[:, self.steep]], axis=1)
         u, size, rows = self.equalities
         inside = target @ u[:, : len(size)]
         missed = np.abs(inside @ u[:, : len(size)].T - target).max(axis=1) > 1e-7 * (1 + np.abs(target).max())
         c = (inside / size) @ rows
         if self.free.shape[1]:
             m = self.values.shape[1]
-            gram = (np.concatenate([w, weight * w / unit**2], axis=1) @ self.squares).reshape(-1, m, m)
-            right = (w * f) @ self.values + (weight * w * d / unit) @ self.slopes - (gram @ c[..., None])[..., 0]
+            gram = (np.concatenate([w, weight * w], axis=1) @ self.squares).reshape(-1, m, m)
+            right = (w * f) @ self.values + (weight * w * d) @ self.slopes - (gram @ c[..., None])[..., 0]
             reduced = self.free.T @ gram @ self.free
             ridge = 1e-14 * np.trace(reduced, axis1=1, axis2=2)[:, None, None] + 1e-300
             y = np.linalg.solve(reduced + ridge * np.eye(reduced.shape[-1]), (right @ self.free)[..., None])[..., 0]
             c = c + y @ self.free.T
-        error, slope_error = c @ self.values.T - f, c @ self.slopes.T / unit - d
-        value = (w * (error**2 + weight * slope_error**2)).sum(axis=1) + tails
-        return np.where(missed | narrow, inf, value)
+        return c @ self.values.T, c @ self.slopes.T, np.where(missed, inf, 0.0)
+
+
+class Determined(Objective):
+    """Of a family that has no choice between two joints (`through`)."""
+
+    @classmethod
+    def of(cls, p: Problem, sides: tuple[Side, Side]) -> Determined | None:
+        """None for other families, and where slopes at the joints may be opposite: then there is a choice."""
+        assert isinstance(p.family, Separable)
+        slopes = [side.line[:1] if side.line else (p.d.min(), p.d.max()) for side in sides]
+        least, most = (sum(map(end, slopes)) for end in (min, max))
+        left, right = (side.line for side in sides)
+        level = left and right and left[0] == right[0] == 0 and left != right
+        if least <= 0 <= most and not level:
+            return None
+        if p.family.through(p.degree, np.array([[0.0, 1.0]]), np.ones((1, 2))) is None:
+            return None
+        return cls(p, sides)
+
+    def numbers(self, asked: np.ndarray, turned: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shapes and linear numbers."""
+        assert isinstance(self.p.family, Separable)
+        found = self.p.family.through(self.p.degree, asked, turned)
+        assert found is not None
+        return found
+
+    def core(self, w, f, d, asked, turned, weight):
+        family, (shape, numbers) = self.p.family, self.numbers(asked, turned)
+        assert isinstance(family, Separable)
+        fine = np.isfinite(numbers).all(axis=1)
+        numbers[~fine], shape[~fine] = 0.0, 1.0
+        values, slopes = family.columns(shape, np.tile(self.z, (len(w), 1)), numbers.shape[1])
+        more = ROUNDING**2 * ((w[:, None] @ values**2)[:, 0] * numbers**2).sum(axis=1)
+        return (values @ numbers[..., None])[..., 0], (slopes @ numbers[..., None])[..., 0], np.where(fine, more, inf)
+
+    def shape(self, lo: float, hi: float) -> np.ndarray:
+        """Between these joints."""
+        half = (hi - lo) / 2 / self.reach
+        asked = np.array([self.p.wanted(joint, side) for joint, side in zip((lo, hi), self.sides, strict=True)])
+        return self.numbers(asked[None, :, 0], asked[None, :, 1] * half)[0][0]

@@ -8,6 +8,7 @@ from itertools import product
 import numpy as np
 
 from .family import Separable
+from .joints import Determined, search_joints
 from .problem import Problem, Side
 from .race import LANES, ROUNDING, Race, State
 
@@ -95,14 +96,19 @@ def search_shapes(p: Problem, sides: tuple[Side, Side]) -> Found:
     assert isinstance(p.family, Separable)
     smooth, fine = p.family.relaxed(), Race(p, p.family, sides, FINE)
     race = Race(p, p.family, sides, FEW[0] + FEW[1] * p.degree if _few(p) else COARSE)
-    if _few(p) and not _over(race):
+    over = _over(race)
+    if _few(p) and not over:
         return _one(p, race)
+    if over and (determined := Determined.of(p, sides)):
+        lo, hi = (float(np.float32(joint)) for joint in search_joints(p, sides, determined))
+        frame = np.array([(lo + hi) / 2, (hi - lo) / 2 / determined.reach])
+        return _found(race, frame, np.concatenate([determined.shape(lo, hi), np.array([lo, hi])[race.free]]))
     begun = _begin(p, race)
     exact = np.flatnonzero(begun.value <= EXACT**2 * (p.w @ p.f**2))
     if len(exact):
         last = fine.improve(_again(fine, _best(begun, 1)), EXACTLY)
         return _found(fine, last.frame[0], last.alpha[0])
-    if _over(race):
+    if over:
         for race.equality, kept, steps in OVER:
             begun = race.improve(_again(race, _best(begun, kept)), steps, 1e-12, LANES)
         fine.equality, _, steps = OVER[-1]

@@ -11,6 +11,7 @@ import torch
 import transformers as tf
 from click.testing import CliRunner
 from numpy.polynomial import hermite_e
+from scipy.optimize import minimize
 
 import orthoact
 from orthoact.cli import main
@@ -384,6 +385,54 @@ def test_one_frequency_is_the_best_under_any_law(target, law):
 
 
 SIZES = [1e-4, 0.05, 30.0, 200.0]
+
+
+def test_a_wave_through_two_joints_has_the_values_and_slopes_asked():
+    family, draw = get_family("fourier"), np.random.default_rng(0)
+    assert isinstance(family, Separable)
+    values, slopes = draw.normal(size=(2, 1000, 2))
+    values[:100, 0] = values[:100, 1]  # no rise
+    slopes[100:200, 0], slopes[200:300] = slopes[100:200, 1], 0.0
+    found = family.through(1, values, slopes)
+    assert found is not None
+    columns = family.columns(found[0], np.tile([-np.pi, np.pi], (1000, 1)), 3)
+    for part, asked in zip(columns, (values, slopes), strict=True):
+        np.testing.assert_allclose((part @ found[1][..., None])[..., 0], asked, atol=1e-13 * np.abs(found[1]).max())
+    assert family.through(2, values, slopes) is None
+
+
+@pytest.mark.parametrize("target", ["gelu", "silu", "tanh", "tanhshrink"])
+def test_one_wave_is_the_best_that_meets_both_asymptotes(target):
+    """Four equalities, three linear numbers: against a constrained search by scipy from many starts."""
+    found, (left, right) = fit(target, family="fourier", degree=1), (get_target(target).left, get_target(target).right)
+    x, w = found.domain.nodes()
+    f, d = get_target(target)(x)
+
+    def wave(p, at):
+        return p[0] + p[1] * np.cos(p[3] * at) + p[2] * np.sin(p[3] * at)
+
+    def slope(p, at):
+        return p[3] * (p[2] * np.cos(p[3] * at) - p[1] * np.sin(p[3] * at))
+
+    def missed(p):
+        return [wave(p, at) - line[0] * at - line[1] for at, line in ((p[4], left), (p[5], right))] + [
+            slope(p, at) - line[0] for at, line in ((p[4], left), (p[5], right))
+        ]
+
+    def objective(p):
+        core = np.clip(x, p[4], p[5])
+        value, turned = wave(p, core), slope(p, core)
+        value += np.minimum(x - p[4], 0) * left[0] + np.maximum(x - p[5], 0) * right[0]
+        return w @ ((value - f) ** 2 + 0.01 * (turned - d) ** 2)
+
+    draw, least = np.random.default_rng(0), np.inf
+    for _ in range(20):
+        start = [*draw.normal(size=3), draw.uniform(0.3, 2), -draw.uniform(0.5, 4), draw.uniform(0.5, 4)]
+        tried = minimize(objective, start, method="SLSQP", constraints={"type": "eq", "fun": missed})
+        if tried.success and np.abs(missed(tried.x)).max() < 1e-6 and tried.x[5] > tried.x[4]:
+            least = min(least, tried.fun)
+    assert np.isfinite(least)
+    assert found.objective <= 1.001 * least
 
 
 @pytest.mark.parametrize("law", [*(Gaussian(0.0, std) for std in SIZES), Gaussian(-5, 0.3), Uniform(0.5, 300)], ids=str)
