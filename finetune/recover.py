@@ -17,7 +17,7 @@ from ..convert.fidelity import outputs
 from ..convert.names import portable
 from ..convert.sources import Source
 from ..interp import engine
-from ..interp.activation import counted
+from ..interp.activation import Activation, counted
 from ..interp.errors import OrthoactError
 from .distill import Distillation
 from .evaluate import Objective, measure
@@ -61,9 +61,9 @@ def recover(
 ) -> dict[str, Any]:
     """Train the activations of the converted model of `source` towards its original, in place, on `data`.
 
-    First each activation is set to the least squares on its own inputs (`solve`), if that brings the model nearer to
-    its original; then all are trained together in so many `steps`, or in none. Joints stay where the conversion put
-    them: one that measured the inputs (`calibrate`) starts nearer.
+    First the joints of each activation are put where, and its numbers are set to what the least squares on its own
+    inputs make them (`solve`), if that brings the model nearer to its original; then all numbers are trained together
+    in so many `steps`, or in none.
 
     `data` is what `convert.data.batches` takes, without labels; a tenth of it, at least one batch, is held out. Each
     step takes one batch of `batch_size` texts, images or windows of `LENGTH` tokens. `what` is that of `choose`: with
@@ -171,15 +171,19 @@ class _Batches:
 
 
 def _kept(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of what trains."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    """A copy of what trains, and of the frame of each activation that does."""
+    kept = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, m in model.named_modules():
+        if isinstance(m, Activation) and m.theta.requires_grad:
+            kept |= dict(m.named_buffers(prefix=name))
+    return {name: t.detach().clone() for name, t in kept.items()}
 
 
 def _restore(model: nn.Module, kept: dict[str, Tensor]) -> None:
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for name, t in (*model.named_parameters(), *model.named_buffers()):
             if name in kept:
-                p.copy_(kept[name])
+                t.copy_(kept[name])
 
 
 def _values(model: nn.Module, batch: dict[str, Tensor]) -> int:

@@ -13,6 +13,7 @@ from ..interp.family import Linear, Separable
 from ..interp.formula import Frame, derivatives, value
 from ..interp.layout import Layout
 from .distill import Distillation
+from .joints import Laws
 
 RIDGE = 1e-3
 """What a change of a site's curve costs beside what it leaves of the error: few inputs of a channel are no proof."""
@@ -46,8 +47,12 @@ def solve(
     True
     """
     acts = [m for m in model.modules() if isinstance(m, Activation) and m.theta.requires_grad]
+    batches, laws = list(batches), {act: Laws(act) for act in acts}
+    _meet(model, taught, batches, {act: law.add for act, law in laws.items()}, seed)
+    for law in laws.values():
+        law.place(ridge)
+    del laws
     systems = {act: _System(act) for act in acts}
-    batches = list(batches)
     _meet(model, taught, batches, {act: system.add for act, system in systems.items()}, seed)
     with torch.no_grad():
         for system in systems.values():

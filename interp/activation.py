@@ -26,7 +26,7 @@ from .family import TAILS, Linear
 
 if TYPE_CHECKING:
     from .domains import Law
-    from .fit import Fit
+    from .fit import Copy
 
 TENSORS = ("theta", "start", "transform", "location", "scale", "lo", "hi", "jumps")
 """Every tensor of an `Activation` in a file; all are needed to evaluate it."""
@@ -104,7 +104,7 @@ class Activation(nn.Module):
     @classmethod
     def from_fit(
         cls,
-        fit: Fit,
+        fit: Copy,
         *,
         groups: int | None = None,
         channel: int | None = -1,
@@ -141,7 +141,7 @@ class Activation(nn.Module):
         return cls.from_fit(variance_preserving(family, degree), groups=groups, channel=channel)
 
     @torch.no_grad()
-    def load_fit(self, fit: Fit) -> None:
+    def load_fit(self, fit: Copy) -> None:
         """Start afresh from `fit`, which has this activation's family, degree and tails."""
         from .coordinates import transform
 

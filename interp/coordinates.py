@@ -6,7 +6,7 @@ import numpy as np
 
 from .families import get_family
 from .family import Linear
-from .fit import Fit
+from .fit import Copy
 
 HEAVY = ((0.9, -0.5, 1.1), (0.1, 0.0, 4.0))
 """The law of a step's size, in standard deviations of the fit's law: (weight, mean, std) of each Gaussian."""
@@ -22,7 +22,12 @@ them moves it by its curvature instead: without this the first step of Adam took
 """
 
 
-def transform(fit: Fit) -> np.ndarray:
+def heavy(z: np.ndarray) -> np.ndarray:
+    """The density of that law at `z`, but for a factor."""
+    return np.sum([p / s * np.exp(-(((z - m) / s) ** 2) / 2) for p, m, s in HEAVY], axis=0)
+
+
+def transform(fit: Copy) -> np.ndarray:
     r"""The matrix W of $a = a_0 + W \theta$: the inverse square root of the Gram matrix of the copy's features.
 
     The features are $\partial F / \partial a_k$, tails included, under the inner product of J with a heavy-tailed law,
@@ -34,7 +39,7 @@ def transform(fit: Fit) -> np.ndarray:
     """
     family = get_family(fit.family)
     z = np.linspace(-16, 16, 2049)
-    law = np.sum([p / s * np.exp(-(((z - m) / s) ** 2) / 2) for p, m, s in HEAVY], axis=0)
+    law = heavy(z)
     if fit.tails == "none":  # nothing bounds a bare polynomial: judge it where the fit does
         law = law * (np.abs(z) <= 4)
     x, law = fit.domain.mean + fit.domain.std * z, law / law.sum()

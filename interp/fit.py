@@ -37,8 +37,8 @@ DERIVATIVE_WEIGHT = 0.01
 
 
 @dataclass(frozen=True)
-class Fit:
-    """A fitted copy of a target: what it is, how near it is, and why it is what it is."""
+class Copy:
+    """A copy of a target: all that an activation starts from."""
 
     target: str
     """Name of the target."""
@@ -64,6 +64,16 @@ class Fit:
     """Right joint, inf without tails."""
     jumps: tuple[float, float]
     """What is added to the core's slope at lo and hi to give the tails' slopes; zero unless a joint sits on a kink."""
+
+    def __call__(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values and slopes of the copy at `x`, in float64: the reference that the module is tested against."""
+        return _copy(get_family(self.family), self, np.asarray(x, dtype=np.float64))
+
+
+@dataclass(frozen=True)
+class Fit(Copy):
+    """A fitted copy of a target: what it is, how near it is, and why it is what it is."""
+
     value_rms: float
     """Root mean square of F - f under the law."""
     slope_rms: float
@@ -94,10 +104,6 @@ class Fit:
     def poor(self) -> bool:
         """Whether the copy is one in name only: its error is more than `POOR` of the target."""
         return self.share > POOR
-
-    def __call__(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Values and slopes of the copy at `x`, in float64: the reference that the module is tested against."""
-        return _copy(get_family(self.family), self, np.asarray(x, dtype=np.float64))
 
     def to_dict(self) -> dict:
         """The fields as plain JSON values; an infinite joint or range end is None."""
@@ -323,7 +329,7 @@ def _measure(p: Problem, result: Fit) -> Fit:
     )
 
 
-def _copy(family: Family, fit: Fit, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _copy(family: Family, fit: Copy, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     curve = family.curve(list(fit.coefficients))
 
     def series(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

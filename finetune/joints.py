@@ -1,0 +1,177 @@
+"""Joints and a common start for the numbers of a site by least squares, without equalities: a start for `solve`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import asinh
+
+import numpy as np
+import torch
+from scipy.ndimage import minimum_filter
+from scipy.optimize import minimize
+from torch import Tensor
+
+from ..interp.activation import Activation
+from ..interp.coordinates import heavy, transform
+from ..interp.family import Linear, Separable
+from ..interp.fit import Copy
+from ..interp.layout import Layout
+
+NODES = 1024
+"""Nodes of a law, at equal distances in the inverse hyperbolic sine of the distance from the core's middle."""
+
+FAR = 1000.0
+"""The distance of the outermost nodes; what lies beyond counts as there."""
+
+UNSEEN = 1e-2
+"""The share of a law with heavy tails in the law of a site: where it was seen to have no input its original counts."""
+
+KINK = 1e-3
+"""The jump of the slope from which a joint is taken to sit on a kink of the original, where it stays."""
+
+SHARES = (0.002, 0.01, 0.04, 0.1, 0.18, 0.27, 0.38)
+"""Of the inputs that are beyond the joints that are looked at first, on each side."""
+
+STARTS, CALLS = 3, 40
+"""From how many of these the search goes on, no two of them beside each other, and how many more each looks at."""
+
+
+class Laws:
+    r"""The inputs of each group of channels of an activation, weighted by squared gradients, on nodes for all.
+
+    >>> from ..interp.fit import fit
+    >>> act = Activation.from_fit(fit("gelu", degree=3), original=torch.nn.functional.gelu)
+    >>> laws, x = Laws(act), torch.linspace(-3, 3, 1001)
+    >>> laws.add(x, torch.ones_like(x))
+    >>> round(float(laws.mass.sum())), bool(abs(laws.mass @ laws.nodes) < 1e-3)
+    (1001, True)
+    >>> laws.place(1e-3)
+    >>> (act(x) - torch.nn.functional.gelu(x)).abs().max().item() < 0.04
+    True
+    """
+
+    def __init__(self, act: Activation):
+        self.act = act
+        lo, hi = float(act.lo), float(act.hi)
+        self.middle, self.unit = (lo + hi) / 2, (hi - lo) / 4
+        self.cell = 2 * asinh(FAR / self.unit) / (NODES - 1)
+        steps = torch.arange(NODES, dtype=torch.float64) - (NODES - 1) / 2
+        self.x = self.middle + self.unit * (self.cell * steps).sinh()
+        self.mass = torch.zeros(act.groups or 1, NODES, device=act.theta.device)
+        """Of each node, (groups, nodes)."""
+        self.nodes = self.x.to(self.mass)
+
+    def add(self, x: Tensor, g: Tensor) -> None:
+        """Take inputs and the gradients at their outputs: each counts at the two nodes beside it, with its mean."""
+        layout, groups = Layout.of(x, self.act.groups, self.act.channel), len(self.mass)
+        x, weight = (layout.columns(layout.flat(part.float())) for part in (x, g))
+        place = ((x - self.middle) / self.unit).asinh() / self.cell + (NODES - 1) / 2
+        left = place.long().clamp(0, NODES - 2)
+        here, there = self.nodes[left], self.nodes[left + 1]
+        share, weight = ((x - here) / (there - here)).clamp(0, 1), weight.square()
+        columns = torch.arange(x.shape[1], device=x.device)
+        left += (columns // (len(columns) // groups) * NODES).view(1, -1, 1)
+        self.mass.view(-1).scatter_add_(0, left.flatten(), (weight * (1 - share)).flatten())
+        self.mass.view(-1).scatter_add_(0, left.flatten() + 1, (weight * share).flatten())
+
+    def place(self, ridge: float) -> None:
+        """Put joints and start where the least squares of all groups (see `solve`) leave least, in place.
+
+        A joint on a kink of the original stays; so do families without joints to choose.
+        """
+        act, mass = self.act, self.mass.double().cpu().numpy()
+        if act.tails == "none" or not isinstance(act.family, Linear | Separable) or not mass.any():
+            return
+        search = _Search(act, self.x.numpy(), mass, ridge)
+        if search.free.any():
+            act.load_fit(search.run())
+
+
+class _Search:
+    """What the groups' least squares leave, as a function of the joints."""
+
+    def __init__(self, act: Activation, x: np.ndarray, mass: np.ndarray, ridge: float):
+        assert act.original is not None and act.domain is not None and act.derivative_weight is not None
+        family = act.family
+        self.x, self.mass, self.family = x, mass, family
+        self.f = act.original(torch.from_numpy(x).to(act.theta.device)).cpu().numpy()
+        self.ridge = ridge * mass.sum() / len(mass)
+        unseen = heavy((x - act.domain.mean) / act.domain.std) * np.gradient(x)
+        self.total = mass.sum(axis=0) + UNSEEN * mass.sum() / unseen.sum() * unseen
+        self.old = np.array([float(act.lo), float(act.hi)])
+        self.free = np.abs(act.jumps.cpu().numpy()) < KINK
+        size = act.start.numel()
+        self.linear = size - (family.shape(act.degree) if isinstance(family, Separable) else 0)
+        self.reach = family.reach(act.degree) if isinstance(family, Linear) else None
+        self.copy = Copy(
+            target=act.target,
+            family=family.name,
+            degree=act.degree,
+            tails=act.tails,
+            coefficients=tuple(act.start.double().tolist()),
+            domain=act.domain,
+            derivative_weight=act.derivative_weight,
+            location=float(act.location),
+            scale=float(act.scale),
+            lo=self.old[0],
+            hi=self.old[1],
+            jumps=tuple(act.jumps.double().tolist()),
+        )
+
+    def basis(self, copy: Copy) -> np.ndarray:
+        """The derivatives of the copy by its numbers at the nodes."""
+        core = np.clip(self.x, copy.lo, copy.hi)
+        values, slopes = self.family.jacobian(list(copy.coefficients), (core - copy.location) / copy.scale)
+        return np.stack(values, axis=-1) + np.stack(slopes, axis=-1) * ((self.x - core) / copy.scale)[:, None]
+
+    def solved(self, lo: float, hi: float) -> Copy:
+        """The least squares of all groups together between these joints, its shape as it is."""
+        lo, hi = float(np.float32(lo)), float(np.float32(hi))  # the module keeps them so
+        copy = replace(self.copy, lo=lo, hi=hi, jumps=tuple(np.where(self.free, 0.0, self.copy.jumps)))
+        if self.reach is not None:  # the core spans what the basis is well conditioned on
+            location, scale = (float(np.float32(v)) for v in ((lo + hi) / 2, (hi - lo) / 2 / self.reach))
+            copy = replace(copy, location=location, scale=scale)
+        basis, root = self.basis(copy)[:, : self.linear], np.sqrt(self.total)
+        outside = np.minimum(self.x - lo, 0) * copy.jumps[0] + np.maximum(self.x - hi, 0) * copy.jumps[1]
+        numbers = np.linalg.lstsq(root[:, None] * basis, root * (self.f - outside), rcond=None)[0]
+        return replace(copy, coefficients=(*numbers.tolist(), *copy.coefficients[self.linear :]))
+
+    def left(self, lo: float, hi: float) -> float:
+        """What the groups leave of the error between these joints, each with the ridge of `solve`."""
+        copy = self.solved(lo, hi)
+        basis = self.basis(copy) @ transform(copy)
+        rest, n = self.f - copy(self.x)[0], basis.shape[1]
+        right = self.mass @ (basis * rest[:, None])
+        grams = self.mass @ (basis[:, :, None] * basis[:, None]).reshape(len(self.x), -1)
+        step = np.linalg.solve(grams.reshape(-1, n, n) + self.ridge * np.eye(n), right[..., None])[..., 0]
+        return float(self.total @ rest**2 - (step * right).sum())
+
+    def run(self) -> Copy:
+        """The best copy: some joints that leave shares of the inputs outside, and a search from the best of these."""
+        seen, least = np.cumsum(self.total) / self.total.sum(), (self.old[1] - self.old[0]) / 8
+        shares = np.array(SHARES)
+        outer = [self.x[np.searchsorted(seen, shares)], self.x[np.searchsorted(seen, 1 - shares)]]
+        ends = min(outer[0].min(), self.old[0]), max(outer[1].max(), self.old[1])
+        outer = [each if free else old[None] for each, free, old in zip(outer, self.free, self.old, strict=True)]
+
+        def joints(at: np.ndarray) -> np.ndarray:
+            both = self.old.copy()
+            both[self.free] = at
+            return both
+
+        def left(at: np.ndarray) -> float:
+            lo, hi = joints(at)
+            return self.left(lo, hi) if ends[0] <= lo <= hi - least and hi <= ends[1] else np.inf
+
+        pairs = np.stack(np.meshgrid(*outer, indexing="ij"), axis=-1)[..., self.free]
+        values = np.apply_along_axis(left, -1, pairs)
+        lowest = np.isfinite(values) & (values == minimum_filter(values, size=3, mode="nearest"))
+        order = np.argsort(values[lowest], kind="stable")[:STARTS]
+        starts = [self.old[self.free], *pairs[lowest][order]]
+        inwards = (self.old[1] - self.old[0]) / 10 * np.diag(np.array([1.0, -1.0])[self.free])
+        found = []
+        for start in starts:
+            options = {"initial_simplex": np.vstack([start, start + inwards]), "maxfev": CALLS, "xatol": least / 50}
+            found.append(minimize(left, start, method="Nelder-Mead", options=options | {"fatol": 0.0}))
+        best = min(found, key=lambda one: one.fun)
+        return self.solved(*joints(best.x))

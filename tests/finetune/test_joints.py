@@ -1,0 +1,102 @@
+"""Where recovery puts the joints: against brute force, for every family, with kinks, groups and layouts of tensors."""
+
+import numpy as np
+import torch
+from pytest import mark
+from torch import nn
+
+from orthoact import Activation, fit
+from orthoact.finetune.joints import Laws, _Search
+from orthoact.interp.domains import Gaussian
+
+SILU = nn.functional.silu
+
+
+def inputs(rows: int, groups: int = 3) -> torch.Tensor:
+    """Normal, each group with a mean and a width of its own."""
+    x = torch.randn(rows, groups, generator=torch.Generator().manual_seed(0))
+    return x * torch.linspace(0.5, 2.0, groups) + torch.linspace(-1, 1, groups)
+
+
+def met(act: Activation, x: torch.Tensor) -> Laws:
+    laws = Laws(act)
+    laws.add(x, torch.ones_like(x))
+    return laws
+
+
+def error(act: Activation, x: torch.Tensor) -> float:
+    with torch.no_grad():
+        return float((act(x) - act.original(x)).square().mean())  # pyright: ignore[reportOptionalCall]
+
+
+@mark.parametrize("shape", [(400, 6), (8, 50, 6), (8, 6, 5, 10), "channels last"], ids=str)
+def test_laws_have_the_sums_and_means_of_each_group(shape):
+    axis = 1 if shape == "channels last" or len(shape) == 4 else -1
+    x = torch.randn((8, 6, 5, 10) if shape == "channels last" else shape, generator=torch.Generator().manual_seed(0))
+    g = torch.rand(x.shape, generator=torch.Generator().manual_seed(1))
+    if shape == "channels last":
+        x, g = (t.to(memory_format=torch.channels_last) for t in (x, g))
+    laws = Laws(Activation.from_fit(fit("silu", degree=4), groups=3, channel=axis, original=SILU))
+    laws.add(x, g)
+    x, g = (t.movedim(axis, 0).reshape(3, -1) for t in (x, g))
+    torch.testing.assert_close(laws.mass.sum(1), g.square().sum(1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(laws.mass @ laws.nodes, (g.square() * x).sum(1), rtol=1e-4, atol=1e-3)
+
+
+def test_what_lies_far_out_counts_at_the_end():
+    laws = met(Activation.from_fit(fit("silu", degree=4), original=SILU), torch.tensor([-1e6, 1e6, 0.0]))
+    assert laws.mass[0, 0] == laws.mass[0, -1] == 1 and laws.mass.sum() == 3
+
+
+@mark.parametrize("degree", [3, 4, 5])
+@mark.parametrize("target", ["gelu", "silu", "mish"])
+def test_no_joints_are_better(target, degree):
+    act = Activation.from_fit(fit(target, degree=degree), groups=3, original=getattr(nn.functional, target))
+    laws = met(act, inputs(4000))
+    search = _Search(act, laws.x.numpy(), laws.mass.double().numpy(), 1e-3)
+    found = search.run()
+    grid = np.linspace(-4, 4, 25)
+    least = min(search.left(lo, hi) for lo in grid for hi in grid if hi > lo + 0.5)
+    assert search.left(found.lo, found.hi) < 1.02 * least
+
+
+@mark.parametrize("groups", [None, 3])
+@mark.parametrize(("family", "degree", "share"), [("hermite", 3, 0.2), ("fourier", 2, 0.5), ("rational", 3, 0.9)])
+def test_the_copy_is_nearer_where_the_inputs_are(family, degree, share, groups):
+    """The start alone, on inputs that were not met."""
+    act = Activation.from_fit(fit("gelu", family=family, degree=degree), groups=groups, original=nn.functional.gelu)
+    x = inputs(8000)
+    before = error(act, x[4000:])
+    met(act, x[:4000]).place(1e-3)
+    assert error(act, x[4000:]) < share * before and not act.theta.any()
+
+
+def test_a_joint_on_a_kink_stays():
+    act = Activation.from_fit(fit("selu", degree=4), original=nn.functional.selu)
+    kinks = act.jumps.abs() > 1e-3
+    assert kinks.any() and not kinks.all()
+    before = torch.stack([act.lo, act.hi])
+    met(act, inputs(4000)).place(1e-3)
+    after = torch.stack([act.lo, act.hi])
+    assert torch.equal(after[kinks], before[kinks]) and not torch.equal(after[~kinks], before[~kinks])
+
+
+@mark.parametrize(("family", "options"), [("tropical", {}), ("hermite", {"tails": "none"}), ("hermite", {})])
+def test_what_has_no_joints_to_choose_stays(family, options):
+    """Kinks are numbers of their own; no tails, no joints; and an activation that meets no input."""
+    act = Activation.from_fit(fit("silu", family=family, degree=4, **options), original=SILU)
+    before = {name: t.clone() for name, t in act.state_dict().items()}
+    x = inputs(400)
+    laws = Laws(act)
+    laws.add(x, torch.full_like(x, 1.0 if family == "tropical" or options else 0.0))
+    laws.place(1e-3)
+    assert all(torch.equal(t, before[name]) for name, t in act.state_dict().items())
+
+
+def test_where_no_input_lies_the_original_counts():
+    """Inputs on the left alone: the right tail is the original's all the same, but for its curvature."""
+    act = Activation.from_fit(fit("gelu", degree=4, domain=Gaussian(-1, 1)), original=nn.functional.gelu)
+    x = inputs(4000) - 2
+    met(act, x[x < 0]).place(1e-3)
+    at = torch.tensor([3.0, 6.0])
+    assert (act(at) - at).abs().max() < 0.5
