@@ -334,8 +334,8 @@ def convert(
     The folder loads with plain from_pretrained (timm: create_model) after `import orthoact`. No weight is changed.
     With --calibrate (a text file, a folder of images, a data set on disk; no labels needed) each site is fitted to its
     own inputs, weighted by how much an error there would change the model's output. With --recover (data alike) the
-    new activations alone are then trained, so that the model's output is again what it was with the old ones; without
-    --calibrate, each site is fitted to that data before.
+    new activations alone are then set to the least squares on their inputs and trained, so that the model's output is
+    again what it was with the old ones; without --calibrate, each site is fitted to that data before.
     """
     from .convert.calibrate import calibrate_on
     from .convert.checkpoint import check_output, save

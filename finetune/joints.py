@@ -32,8 +32,20 @@ KINK = 1e-3
 SHARES = (0.002, 0.01, 0.04, 0.1, 0.18, 0.27, 0.38)
 """Of the inputs that are beyond the joints that are looked at first, on each side."""
 
+GAIN, FLOOR = 1e-2, 1e-13
+"""What other joints must gain: as a share of what is left, and of the square of the original."""
+
 STARTS, CALLS = 3, 40
 """From how many of these the search goes on, no two of them beside each other, and how many more each looks at."""
+
+
+def are_free(act: Activation) -> bool:
+    """Whether an activation has a joint to choose: one on a kink of the original stays; other kinks are numbers."""
+    return act.tails == "linear" and isinstance(act.family, Linear | Separable) and bool(_off_kinks(act).any())
+
+
+def _off_kinks(act: Activation) -> np.ndarray:
+    return np.abs(act.jumps.cpu().numpy()) < KINK
 
 
 class Laws:
@@ -75,16 +87,11 @@ class Laws:
         self.mass.view(-1).scatter_add_(0, left.flatten() + 1, (weight * share).flatten())
 
     def place(self, ridge: float) -> None:
-        """Put joints and start where the least squares of all groups (see `solve`) leave least, in place.
-
-        A joint on a kink of the original stays; so do families without joints to choose.
-        """
-        act, mass = self.act, self.mass.double().cpu().numpy()
-        if act.tails == "none" or not isinstance(act.family, Linear | Separable) or not mass.any():
-            return
-        search = _Search(act, self.x.numpy(), mass, ridge)
-        if search.free.any():
-            act.load_fit(search.run())
+        """Put joints and start where the least squares of all groups (see `solve`) leave least, in place."""
+        mass = self.mass.double().cpu().numpy()
+        copy = _Search(self.act, self.x.numpy(), mass, ridge).run() if mass.any() else None
+        if copy is not None:
+            self.act.load_fit(copy)
 
 
 class _Search:
@@ -99,7 +106,7 @@ class _Search:
         unseen = heavy((x - act.domain.mean) / act.domain.std) * np.gradient(x)
         self.total = mass.sum(axis=0) + UNSEEN * mass.sum() / unseen.sum() * unseen
         self.old = np.array([float(act.lo), float(act.hi)])
-        self.free = np.abs(act.jumps.cpu().numpy()) < KINK
+        self.free = _off_kinks(act)
         size = act.start.numel()
         self.linear = size - (family.shape(act.degree) if isinstance(family, Separable) else 0)
         self.reach = family.reach(act.degree) if isinstance(family, Linear) else None
@@ -146,8 +153,11 @@ class _Search:
         step = np.linalg.solve(grams.reshape(-1, n, n) + self.ridge * np.eye(n), right[..., None])[..., 0]
         return float(self.total @ rest**2 - (step * right).sum())
 
-    def run(self) -> Copy:
-        """The best copy: some joints that leave shares of the inputs outside, and a search from the best of these."""
+    def run(self) -> Copy | None:
+        """The best copy: some joints that leave shares of the inputs outside, and a search from the best of these.
+
+        None where the joints that are there are as good.
+        """
         seen, least = np.cumsum(self.total) / self.total.sum(), (self.old[1] - self.old[0]) / 8
         shares = np.array(SHARES)
         outer = [self.x[np.searchsorted(seen, shares)], self.x[np.searchsorted(seen, 1 - shares)]]
@@ -174,4 +184,5 @@ class _Search:
             options = {"initial_simplex": np.vstack([start, start + inwards]), "maxfev": CALLS, "xatol": least / 50}
             found.append(minimize(left, start, method="Nelder-Mead", options=options | {"fatol": 0.0}))
         best = min(found, key=lambda one: one.fun)
-        return self.solved(*joints(best.x))
+        enough = (1 - GAIN) * self.left(*self.old) - FLOOR * (self.total @ self.f**2)
+        return self.solved(*joints(best.x)) if best.fun < enough else None

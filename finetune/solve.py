@@ -12,6 +12,7 @@ from ..interp.activation import Activation
 from ..interp.family import Linear, Separable
 from ..interp.formula import Frame, derivatives, value
 from ..interp.layout import Layout
+from . import joints
 from .distill import Distillation
 from .joints import Laws
 
@@ -36,6 +37,9 @@ def solve(
     worse. theta is measured in function space (`coordinates`), so that one `ridge` suits all. A plain fit copies f for
     one law of inputs; the channels of a site have many, and do not matter alike. `seed` draws the losses.
 
+    Before, joints and a common curve to start from are put where that leaves least (`joints.Laws`), without the
+    equalities of a fit.
+
     >>> from orthoact import convert_
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2)).requires_grad_(False)
     >>> _ = convert_(net, degree=3, groups="per-channel")
@@ -47,11 +51,11 @@ def solve(
     True
     """
     acts = [m for m in model.modules() if isinstance(m, Activation) and m.theta.requires_grad]
-    batches, laws = list(batches), {act: Laws(act) for act in acts}
-    _meet(model, taught, batches, {act: law.add for act, law in laws.items()}, seed)
-    for law in laws.values():
-        law.place(ridge)
-    del laws
+    batches, laws = list(batches), {act: Laws(act) for act in acts if joints.are_free(act)}
+    if laws:
+        _meet(model, taught, batches, {act: law.add for act, law in laws.items()}, seed)
+    while laws:  # each is as large as a thousand numbers for each group
+        laws.popitem()[1].place(ridge)
     systems = {act: _System(act) for act in acts}
     _meet(model, taught, batches, {act: system.add for act, system in systems.items()}, seed)
     with torch.no_grad():

@@ -1,12 +1,16 @@
 """Where recovery puts the joints: against brute force, for every family, with kinks, groups and layouts of tensors."""
 
+from copy import deepcopy
+
 import numpy as np
 import torch
 from pytest import mark
 from torch import nn
 
 from orthoact import Activation, fit
-from orthoact.finetune.joints import Laws, _Search
+from orthoact.finetune.distill import Distillation
+from orthoact.finetune.joints import Laws, _Search, are_free
+from orthoact.finetune.solve import solve
 from orthoact.interp.domains import Gaussian
 
 SILU = nn.functional.silu
@@ -55,6 +59,7 @@ def test_no_joints_are_better(target, degree):
     laws = met(act, inputs(4000))
     search = _Search(act, laws.x.numpy(), laws.mass.double().numpy(), 1e-3)
     found = search.run()
+    assert found is not None
     grid = np.linspace(-4, 4, 25)
     least = min(search.left(lo, hi) for lo in grid for hi in grid if hi > lo + 0.5)
     assert search.left(found.lo, found.hi) < 1.02 * least
@@ -81,14 +86,39 @@ def test_a_joint_on_a_kink_stays():
     assert torch.equal(after[kinks], before[kinks]) and not torch.equal(after[~kinks], before[~kinks])
 
 
-@mark.parametrize(("family", "options"), [("tropical", {}), ("hermite", {"tails": "none"}), ("hermite", {})])
-def test_what_has_no_joints_to_choose_stays(family, options):
-    """Kinks are numbers of their own; no tails, no joints; and an activation that meets no input."""
-    act = Activation.from_fit(fit("silu", family=family, degree=4, **options), original=SILU)
-    before = {name: t.clone() for name, t in act.state_dict().items()}
-    x = inputs(400)
-    laws = Laws(act)
-    laws.add(x, torch.full_like(x, 1.0 if family == "tropical" or options else 0.0))
+@mark.parametrize(
+    ("target", "options", "free"),
+    [
+        ("silu", {}, True),
+        ("silu", {"family": "rational"}, True),
+        ("selu", {}, True),
+        ("relu6", {}, False),
+        ("silu", {"family": "tropical"}, False),
+        ("silu", {"tails": "none"}, False),
+    ],
+)
+def test_which_have_joints_to_choose(target, options, free):
+    act = Activation.from_fit(fit(target, degree=4, **options), original=getattr(nn.functional, target))
+    assert are_free(act) == free
+    if not free:
+        net, before = nn.Sequential(nn.Linear(3, 3), act).requires_grad_(False), deepcopy(act.state_dict())
+        act.theta.requires_grad_()
+        solve(net, Distillation(net), [{"input": inputs(400)}])
+        assert all(torch.equal(t, before[name]) for name, t in act.state_dict().items() if name != "theta")
+
+
+def test_an_exact_copy_stays():
+    act = Activation.from_fit(fit("relu", degree=4), original=nn.functional.relu)
+    before, laws = deepcopy(act.state_dict()), Laws(act)
+    laws.add(inputs(400), torch.ones(400, 3))
+    laws.place(1e-3)
+    assert are_free(act) and all(torch.equal(t, before[name]) for name, t in act.state_dict().items())
+
+
+def test_without_inputs_nothing_moves():
+    act = Activation.from_fit(fit("silu", degree=4), original=SILU)
+    before, laws = deepcopy(act.state_dict()), Laws(act)
+    laws.add(inputs(400), torch.zeros(400, 3))
     laws.place(1e-3)
     assert all(torch.equal(t, before[name]) for name, t in act.state_dict().items())
 
