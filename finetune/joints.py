@@ -41,7 +41,8 @@ STARTS, CALLS = 3, 40
 
 def are_free(act: Activation) -> bool:
     """Whether an activation has a joint to choose: one on a kink of the original stays; other kinks are numbers."""
-    return act.tails == "linear" and isinstance(act.family, Linear | Separable) and bool(_off_kinks(act).any())
+    known = act.tails == "linear" and act.domain is not None and act.original is not None
+    return known and isinstance(act.family, Linear | Separable) and bool(_off_kinks(act).any())
 
 
 def _off_kinks(act: Activation) -> np.ndarray:
@@ -101,7 +102,7 @@ class _Search:
         assert act.original is not None and act.domain is not None and act.derivative_weight is not None
         family = act.family
         self.x, self.mass, self.family = x, mass, family
-        self.f = act.original(torch.from_numpy(x).to(act.theta.device)).cpu().numpy()
+        self.f = act.original(torch.tensor(x, device=act.theta.device)).cpu().numpy()  # one may work in place
         self.ridge = ridge * mass.sum() / len(mass)
         unseen = heavy((x - act.domain.mean) / act.domain.std) * np.gradient(x)
         self.total = mass.sum(axis=0) + UNSEEN * mass.sum() / unseen.sum() * unseen

@@ -115,6 +115,13 @@ def test_an_exact_copy_stays():
     assert are_free(act) and all(torch.equal(t, before[name]) for name, t in act.state_dict().items())
 
 
+def test_an_original_that_works_in_place():
+    acts = [Activation.from_fit(fit("silu", degree=4), original=original) for original in (SILU, nn.SiLU(inplace=True))]
+    for act in acts:
+        met(act, inputs(400)).place(1e-3)
+    assert all(torch.equal(t, acts[1].state_dict()[name]) for name, t in acts[0].state_dict().items())
+
+
 def test_without_inputs_nothing_moves():
     act = Activation.from_fit(fit("silu", degree=4), original=SILU)
     before, laws = deepcopy(act.state_dict()), Laws(act)
