@@ -74,8 +74,7 @@ def rows(name: str) -> dict[str, dict[str, Any]]:
                 row = {"degree": degree, "calibrated": calibrated, "what": "activations", "groups": groups, "steps": 0}
                 title = f"degree {degree}{', calibrated' if calibrated else ''}{', per channel' if groups else ''}"
                 found[f"{title}: least squares alone"] = {**row, "rates": (3e-3,)}
-    if name == "smollm2":
-        # where a conversion is coarse `recover` swaps site by site
+    if name == "smollm2":  # where a conversion is coarse `recover` swaps site by site
         for swap, title in ((None, "at once"), ("blend", "blended in")):
             row = {"degree": 3, "calibrated": True, "what": "activations", "swap": swap}
             found[f"degree 3, calibrated: activations, {title}"] = row

@@ -1,4 +1,4 @@
-"""Where recovery puts the joints: against brute force, for every family, with kinks, groups and layouts of tensors."""
+"""Where recovery puts the joints: against brute force, for kinds of family, with kinks, groups and layouts."""
 
 from copy import deepcopy
 

@@ -148,6 +148,23 @@ def test_the_start_is_solved_on_the_model_s_own_inputs(family, groups):
     assert count == 1 or theta.std(0).gt(0).all(), "each group has its own"
 
 
+def test_a_start_that_is_no_better_is_taken_back(text, monkeypatch):
+    """Joints and frame too, not the numbers alone."""
+
+    def spoil(model, *_, **__):
+        for m in model.modules():
+            if isinstance(m, Activation):
+                m.lo.add_(-1), m.hi.mul_(0.1), m.start.add_(1), m.theta.data.add_(1)
+
+    monkeypatch.setattr("orthoact.finetune.recover.solve", spoil)
+    source = load_source("demo")
+    convert_(source.model, degree=4)
+    before = deepcopy(source.model.state_dict())
+    found = recover(source, text, steps=0, batch_size=2)
+    assert found["divergence"] == found["divergence_solved"] == found["divergence_before"]
+    assert all(torch.equal(t, before[name]) for name, t in source.model.state_dict().items())
+
+
 def test_what_does_not_train_is_not_solved(text):
     source = load_source("demo")
     convert_(source.model, degree=3)
