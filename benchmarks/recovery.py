@@ -50,7 +50,9 @@ MODELS = {  # title, model, what it is measured on
     "smollm2": ("SmolLM2-135M (30 sites)", "smollm2", "english.txt"),
 }
 STEPS, BATCH, LENGTH = 86, 8, 256  # 176,128 tokens, and a tenth that is held out: below 200,000
-RATES = {"demo": (3e-3, 1e-2, 3e-2), "smollm2": (1e-2,)}  # the second takes what served the first
+FEW = 8  # steps of SmolLM2: on two cores one takes half a minute
+RATES = (1e-3, 3e-3)
+CONTROLS = {"demo": (3e-3, 1e-2, 3e-2), "smollm2": (1e-2,)}  # the second takes what served the first
 SEEDS = (0, 1, 2)
 EVALUATE = 8192
 KEYS = ("loss_base", "loss", "perplexity_base", "perplexity", "change", "kl", "top1_agreement")
@@ -59,33 +61,35 @@ KEYS = ("loss_base", "loss", "perplexity_base", "perplexity", "change", "kl", "t
 def rows(name: str) -> dict[str, dict[str, Any]]:
     """The rows of a model by name: how it converts, what trains."""
     found: dict[str, dict[str, Any]] = {}
-    for what in ("activations", "activations+norms"):
-        for degree in (3, 4, 6):
-            for calibrated in (False, True):
-                title = f"degree {degree}{', calibrated' if calibrated else ''}: {what}"
-                found[title] = {"degree": degree, "calibrated": calibrated, "what": what}
-    for calibrated in (False, True):  # where a handful of numbers at a site is too little
-        for what in ("activations", "activations+norms"):
-            title = f"degree 3{', calibrated' if calibrated else ''}, per channel: {what}"
-            found[title] = {"degree": 3, "calibrated": calibrated, "what": what, "groups": "per-channel"}
-    for groups in ("per-channel", None):  # no step at all
-        for degree in (3, 4, 6):
-            for calibrated in (False, True):
-                row = {"degree": degree, "calibrated": calibrated, "what": "activations", "groups": groups, "steps": 0}
-                title = f"degree {degree}{', calibrated' if calibrated else ''}{', per channel' if groups else ''}"
-                found[f"{title}: least squares alone"] = {**row, "rates": (3e-3,)}
-    if name == "smollm2":  # where a conversion is coarse `recover` swaps site by site
-        for swap, title in ((None, "at once"), ("blend", "blended in")):
-            row = {"degree": 3, "calibrated": True, "what": "activations", "swap": swap}
-            found[f"degree 3, calibrated: activations, {title}"] = row
+
+    def add(what: str, degree: int, calibrated: bool, groups: str | None = None, **more: Any) -> None:
+        title = f"degree {degree}{', calibrated' if calibrated else ''}{', per channel' if groups else ''}"
+        trained = "least squares alone" if more.get("steps") == 0 else what
+        row = {"degree": degree, "calibrated": calibrated, "what": what, "groups": groups, **more}
+        found[f"{title}: {trained}"] = row
+
+    kinds = [(degree, calibrated) for degree in (3, 4, 6) for calibrated in (False, True)]
+    for groups in (None, "per-channel"):
+        for kind in kinds:
+            add("activations", *kind, groups, steps=0, rates=RATES[-1:])
+    if name == "smollm2":
+        for kind in kinds:
+            add("activations+norms", *kind, steps=FEW, rates=RATES[-1:])
     if name == "demo":
+        for what in ("activations", "activations+norms"):
+            for kind in kinds:
+                add(what, *kind)
+            for calibrated in (False, True):
+                add(what, 3, calibrated, "per-channel")
         for what, swap in (("activations", "blend"), ("activations+norms", "blend"), ("all", None), ("all", "blend")):
             title = f"degree 4, calibrated, no tails: {what}{', blended in' if swap else ''}"
             found[title] = {"degree": 4, "calibrated": True, "what": what, "tails": "none", "swap": swap}
-    found["control, original, next token: norms"] = {"control": {"convert.family": "none", "train.what": "norms"}}
-    for what in ("activations", "activations+norms"):
-        keys = {"convert.degree": 4, "train.what": what}
-        found[f"control, degree 4, next token: {what}"] = {"control": keys}
+    for title, keys in (
+        ("original, next token: norms", {"convert.family": "none", "train.what": "norms"}),
+        ("degree 4, next token: activations", {"convert.degree": 4, "train.what": "activations"}),
+        ("degree 4, next token: activations+norms", {"convert.degree": 4, "train.what": "activations+norms"}),
+    ):
+        found[f"control, {title}"] = {"control": keys, "rates": CONTROLS[name]}
     return found
 
 
@@ -194,7 +198,7 @@ def worth(cell: Cell) -> float:
 def table_of(name: str, folder: Path, steps: int = STEPS) -> Table:
     own = {row: made["rates"] for row, made in rows(name).items() if "rates" in made}
     file = folder / f"recovery-{name}.json"
-    return Table(file, tuple(rows(name)), RATES[name], SEEDS, partial(run, name, steps), worth, own)
+    return Table(file, tuple(rows(name)), RATES, SEEDS, partial(run, name, steps), worth, own)
 
 
 def markdown(folder: Path) -> str:

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import asinh
 
 import numpy as np
-import torch
 from scipy.ndimage import minimum_filter
 from scipy.optimize import minimize
-from torch import Tensor
 
 from ..interp.activation import Activation
 from ..interp.coordinates import heavy, transform
 from ..interp.family import Linear, Separable
 from ..interp.fit import Copy
-from ..interp.layout import Layout
-
-NODES = 1024
-"""Nodes of a law, at equal distances in the inverse hyperbolic sine of the distance from the core's middle."""
-
-FAR = 1000.0
-"""The distance of the outermost nodes; what lies beyond counts as there."""
+from .laws import Law
 
 UNSEEN = 1e-2
 """The share of a law with heavy tails in the law of a site: where it was seen to have no input its original counts."""
@@ -49,60 +40,31 @@ def _off_kinks(act: Activation) -> np.ndarray:
     return np.abs(act.jumps.cpu().numpy()) < KINK
 
 
-class Laws:
-    r"""The inputs of each group of channels of an activation, weighted by squared gradients, on nodes for all.
+def place(law: Law, ridge: float) -> None:
+    """Put joints and start of its activation where the least squares of all groups (see `solve`) leave least, in place.
 
     >>> from ..interp.fit import fit
-    >>> act = Activation.from_fit(fit("gelu", degree=3), original=torch.nn.functional.gelu)
-    >>> laws, x = Laws(act), torch.linspace(-3, 3, 1001)
-    >>> laws.add(x, torch.ones_like(x))
-    >>> round(float(laws.mass.sum())), bool(abs(laws.mass @ laws.nodes) < 1e-3)
-    (1001, True)
-    >>> laws.place(1e-3)
-    >>> (act(x) - torch.nn.functional.gelu(x)).abs().max().item() < 0.04
+    >>> law = Law(Activation.from_fit(fit("gelu", degree=3), original=torch.nn.functional.gelu))
+    >>> x = torch.linspace(-3, 3, 1001)
+    >>> law.add(x, torch.ones_like(x))
+    >>> place(law, 1e-3)
+    >>> (law.act(x) - torch.nn.functional.gelu(x)).abs().max().item() < 0.04
     True
     """
-
-    def __init__(self, act: Activation):
-        self.act = act
-        lo, hi = float(act.lo), float(act.hi)
-        self.middle, self.unit = (lo + hi) / 2, (hi - lo) / 4
-        self.cell = 2 * asinh(FAR / self.unit) / (NODES - 1)
-        steps = torch.arange(NODES, dtype=torch.float64) - (NODES - 1) / 2
-        self.x = self.middle + self.unit * (self.cell * steps).sinh()
-        self.mass = torch.zeros(act.groups or 1, NODES, device=act.theta.device)
-        """Of each node, (groups, nodes)."""
-        self.nodes = self.x.to(self.mass)
-
-    def add(self, x: Tensor, g: Tensor) -> None:
-        """Take inputs and the gradients at their outputs: each counts at the two nodes beside it, with its mean."""
-        layout, groups = Layout.of(x, self.act.groups, self.act.channel), len(self.mass)
-        x, weight = (layout.columns(layout.flat(part.float())) for part in (x, g))
-        place = ((x - self.middle) / self.unit).asinh() / self.cell + (NODES - 1) / 2
-        left = place.long().clamp(0, NODES - 2)
-        here, there = self.nodes[left], self.nodes[left + 1]
-        share, weight = ((x - here) / (there - here)).clamp(0, 1), weight.square()
-        columns = torch.arange(x.shape[1], device=x.device)
-        left += (columns // (len(columns) // groups) * NODES).view(1, -1, 1)
-        self.mass.view(-1).scatter_add_(0, left.flatten(), (weight * (1 - share)).flatten())
-        self.mass.view(-1).scatter_add_(0, left.flatten() + 1, (weight * share).flatten())
-
-    def place(self, ridge: float) -> None:
-        """Put joints and start where the least squares of all groups (see `solve`) leave least, in place."""
-        mass = self.mass.double().cpu().numpy()
-        copy = _Search(self.act, self.x.numpy(), mass, ridge).run() if mass.any() else None
-        if copy is not None:
-            self.act.load_fit(copy)
+    copy = _Search(law, ridge).run() if law.mass.any() else None
+    if copy is not None:
+        law.act.load_fit(copy)
 
 
 class _Search:
     """What the groups' least squares leave, as a function of the joints."""
 
-    def __init__(self, act: Activation, x: np.ndarray, mass: np.ndarray, ridge: float):
-        assert act.original is not None and act.domain is not None and act.derivative_weight is not None
+    def __init__(self, law: Law, ridge: float):
+        act, x, mass = law.act, law.x.cpu().numpy(), law.mass.double().cpu().numpy()
+        assert act.domain is not None and act.derivative_weight is not None
         family = act.family
         self.x, self.mass, self.family = x, mass, family
-        self.f = act.original(torch.tensor(x, device=act.theta.device)).cpu().numpy()  # one may work in place
+        self.f = law.original().cpu().numpy()
         self.ridge = ridge * mass.sum() / len(mass)
         unseen = heavy((x - act.domain.mean) / act.domain.std) * np.gradient(x)
         self.total = mass.sum(axis=0) + UNSEEN * mass.sum() / unseen.sum() * unseen

@@ -9,7 +9,8 @@ from torch import nn
 
 from orthoact import Activation, fit
 from orthoact.finetune.distill import Distillation
-from orthoact.finetune.joints import Laws, _Search, are_free
+from orthoact.finetune.joints import _Search, are_free, place
+from orthoact.finetune.laws import Law
 from orthoact.finetune.solve import solve
 from orthoact.interp.domains import Gaussian
 
@@ -22,10 +23,10 @@ def inputs(rows: int, groups: int = 3) -> torch.Tensor:
     return x * torch.linspace(0.5, 2.0, groups) + torch.linspace(-1, 1, groups)
 
 
-def met(act: Activation, x: torch.Tensor) -> Laws:
-    laws = Laws(act)
-    laws.add(x, torch.ones_like(x))
-    return laws
+def met(act: Activation, x: torch.Tensor) -> Law:
+    law = Law(act)
+    law.add(x, torch.ones_like(x))
+    return law
 
 
 def error(act: Activation, x: torch.Tensor) -> float:
@@ -34,30 +35,30 @@ def error(act: Activation, x: torch.Tensor) -> float:
 
 
 @mark.parametrize("shape", [(400, 6), (8, 50, 6), (8, 6, 5, 10), "channels last"], ids=str)
-def test_laws_have_the_sums_and_means_of_each_group(shape):
+def test_a_law_has_the_sums_and_means_of_each_group(shape):
     axis = 1 if shape == "channels last" or len(shape) == 4 else -1
     x = torch.randn((8, 6, 5, 10) if shape == "channels last" else shape, generator=torch.Generator().manual_seed(0))
     g = torch.rand(x.shape, generator=torch.Generator().manual_seed(1))
     if shape == "channels last":
         x, g = (t.to(memory_format=torch.channels_last) for t in (x, g))
-    laws = Laws(Activation.from_fit(fit("silu", degree=4), groups=3, channel=axis, original=SILU))
-    laws.add(x, g)
+    law = Law(Activation.from_fit(fit("silu", degree=4), groups=3, channel=axis, original=SILU))
+    law.add(x, g)
     x, g = (t.movedim(axis, 0).reshape(3, -1) for t in (x, g))
-    torch.testing.assert_close(laws.mass.sum(1), g.square().sum(1), rtol=1e-5, atol=0)
-    torch.testing.assert_close(laws.mass @ laws.nodes, (g.square() * x).sum(1), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(law.mass.sum(1), g.square().sum(1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(law.mass @ law.nodes, (g.square() * x).sum(1), rtol=1e-4, atol=1e-3)
 
 
 def test_what_lies_far_out_counts_at_the_end():
-    laws = met(Activation.from_fit(fit("silu", degree=4), original=SILU), torch.tensor([-1e6, 1e6, 0.0]))
-    assert laws.mass[0, 0] == laws.mass[0, -1] == 1 and laws.mass.sum() == 3
+    law = met(Activation.from_fit(fit("silu", degree=4), original=SILU), torch.tensor([-1e6, 1e6, 0.0]))
+    assert law.mass[0, 0] == law.mass[0, -1] == 1 and law.mass.sum() == 3
 
 
 @mark.parametrize("degree", [3, 4, 5])
 @mark.parametrize("target", ["gelu", "silu", "mish"])
 def test_no_joints_are_better(target, degree):
     act = Activation.from_fit(fit(target, degree=degree), groups=3, original=getattr(nn.functional, target))
-    laws = met(act, inputs(4000))
-    search = _Search(act, laws.x.numpy(), laws.mass.double().numpy(), 1e-3)
+    law = met(act, inputs(4000))
+    search = _Search(law, 1e-3)
     found = search.run()
     assert found is not None
     grid = np.linspace(-4, 4, 25)
@@ -72,7 +73,7 @@ def test_the_copy_is_nearer_where_the_inputs_are(family, degree, share, groups):
     act = Activation.from_fit(fit("gelu", family=family, degree=degree), groups=groups, original=nn.functional.gelu)
     x = inputs(8000)
     before = error(act, x[4000:])
-    met(act, x[:4000]).place(1e-3)
+    place(met(act, x[:4000]), 1e-3)
     assert error(act, x[4000:]) < share * before and not act.theta.any()
 
 
@@ -81,7 +82,7 @@ def test_a_joint_on_a_kink_stays():
     kinks = act.jumps.abs() > 1e-3
     assert kinks.any() and not kinks.all()
     before = torch.stack([act.lo, act.hi])
-    met(act, inputs(4000)).place(1e-3)
+    place(met(act, inputs(4000)), 1e-3)
     after = torch.stack([act.lo, act.hi])
     assert torch.equal(after[kinks], before[kinks]) and not torch.equal(after[~kinks], before[~kinks])
 
@@ -109,24 +110,24 @@ def test_which_have_joints_to_choose(target, options, free):
 
 def test_an_exact_copy_stays():
     act = Activation.from_fit(fit("relu", degree=4), original=nn.functional.relu)
-    before, laws = deepcopy(act.state_dict()), Laws(act)
-    laws.add(inputs(400), torch.ones(400, 3))
-    laws.place(1e-3)
+    before, law = deepcopy(act.state_dict()), Law(act)
+    law.add(inputs(400), torch.ones(400, 3))
+    place(law, 1e-3)
     assert are_free(act) and all(torch.equal(t, before[name]) for name, t in act.state_dict().items())
 
 
 def test_an_original_that_works_in_place():
     acts = [Activation.from_fit(fit("silu", degree=4), original=original) for original in (SILU, nn.SiLU(inplace=True))]
     for act in acts:
-        met(act, inputs(400)).place(1e-3)
+        place(met(act, inputs(400)), 1e-3)
     assert all(torch.equal(t, acts[1].state_dict()[name]) for name, t in acts[0].state_dict().items())
 
 
 def test_without_inputs_nothing_moves():
     act = Activation.from_fit(fit("silu", degree=4), original=SILU)
-    before, laws = deepcopy(act.state_dict()), Laws(act)
-    laws.add(inputs(400), torch.zeros(400, 3))
-    laws.place(1e-3)
+    before, law = deepcopy(act.state_dict()), Law(act)
+    law.add(inputs(400), torch.zeros(400, 3))
+    place(law, 1e-3)
     assert all(torch.equal(t, before[name]) for name, t in act.state_dict().items())
 
 
@@ -134,6 +135,6 @@ def test_where_no_input_lies_the_original_counts():
     """Inputs on the left alone: the right tail is the original's all the same, but for its curvature."""
     act = Activation.from_fit(fit("gelu", degree=4, domain=Gaussian(-1, 1)), original=nn.functional.gelu)
     x = inputs(4000) - 2
-    met(act, x[x < 0]).place(1e-3)
+    place(met(act, x[x < 0]), 1e-3)
     at = torch.tensor([3.0, 6.0])
     assert (act(at) - at).abs().max() < 0.5
