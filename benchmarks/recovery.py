@@ -7,10 +7,9 @@
 Each cell is `orthoact convert --degree N [--calibrate mails] --recover mails` in Python, by the package's own loop: the
 converted model learns from its own original activations on mails (SpamAssassin's ham, no label is used), and is
 measured on Jane Austen, the demo on its held-out chapters, SmolLM2 on Persuasion. The rate is chosen by the divergence
-on mails that are held out; `least squares alone` takes no step (`--steps 0`). Rows that are not calibrated leave out
-what the command does by itself: it fits each site to the mails of --recover. Controls learn the next token of the same
-mails with the same steps: the original's norms, and the same norms and activations after a conversion. Rows that are
-trained were measured before recovery began with the least squares and with joints of their own.
+on mails that are held out; `least squares alone` takes no step (`--steps 0`), and all other rows begin with it. Rows
+that are not calibrated leave out what the command does by itself: it fits each site to the mails of --recover. Controls
+learn the next token of the same mails: the original's norms, and the same norms and activations after a conversion.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from orthoact.convert.sources import load_source  # noqa: E402
 from orthoact.finetune.launch import make_accelerator  # noqa: E402
 from orthoact.finetune.memory import Peak  # noqa: E402
 from orthoact.finetune.recipe import read  # noqa: E402
-from orthoact.finetune.recover import recover  # noqa: E402
+from orthoact.finetune.recover import SOLVED, recover  # noqa: E402
 from orthoact.finetune.run import run as run_recipe  # noqa: E402
 from orthoact.finetune.state import States  # noqa: E402
 
@@ -53,6 +52,7 @@ STEPS, BATCH, LENGTH = 86, 8, 256  # 176,128 tokens, and a tenth that is held ou
 FEW = 8  # steps of SmolLM2: on two cores one takes half a minute
 RATES = (1e-3, 3e-3)
 CONTROLS = {"demo": (3e-3, 1e-2, 3e-2), "smollm2": (1e-2,)}  # the second takes what served the first
+NORMS = {"demo": 3e-4, "smollm2": 1e-4}  # the rate of norms and weights in the recovery
 SEEDS = (0, 1, 2)
 EVALUATE = 8192
 KEYS = ("loss_base", "loss", "perplexity_base", "perplexity", "change", "kl", "top1_agreement")
@@ -74,7 +74,7 @@ def rows(name: str) -> dict[str, dict[str, Any]]:
             add("activations", *kind, groups, steps=0, rates=RATES[-1:])
     if name == "smollm2":
         for kind in kinds:
-            add("activations+norms", *kind, steps=FEW, rates=RATES[-1:])
+            add("activations+norms", *kind, steps=FEW, rates=(3e-4,))
     if name == "demo":
         for what in ("activations", "activations+norms"):
             for kind in kinds:
@@ -129,8 +129,8 @@ def run(name: str, steps: int, row: str, rate: float, seed: int) -> Cell:
         convert_(source.model, degree=made["degree"], domains=laws, **how)
         before = exactly(source, options)
         swap = {"swap": made["swap"]} if "swap" in made else {}
-        learnt = {"what": made["what"], "rate": rate, "batch_size": BATCH, "seed": seed, **swap}
-        found = recover(source, folder / "train.txt", steps=made.get("steps", steps), **learnt)
+        learnt = {"what": made["what"], "rate": rate, "weight_rate": NORMS[name], "seed": seed, **swap}
+        found = recover(source, folder / "train.txt", steps=made.get("steps", steps), batch_size=BATCH, **learnt)
         found.pop("data")
         after = exactly(source, options)
     return {**found, "before": before, "after": after, "peak_memory": peak.bytes}
@@ -205,11 +205,11 @@ def markdown(folder: Path) -> str:
     """The tables of what is there."""
     lines = ["# Recovery by self-distillation", "", *(__doc__ or "").split("\n\n")[-1].strip().split("\n")]
     lines += [
-        f"{STEPS} steps of {BATCH} windows of {LENGTH} tokens, {STEPS * BATCH * LENGTH:,} in all. Norms learn at 3e-4",
-        "in the recovery, at 0.03 of the rate of the activations in controls. Change of the perplexity in per cent,",
-        f"KL to the original per token in nats, on {EVALUATE:,} tokens at most; ± is the deviation over the seeds.",
-        "The original itself, taught in the same way, is its own teacher and does not move. Seconds are those of runs",
-        "that shared a machine with up to thirty others.",
+        f"{STEPS} steps of {BATCH} windows of {LENGTH} tokens are {STEPS * BATCH * LENGTH:,} tokens; the least squares",
+        f"take {SOLVED * LENGTH:,}. Norms and weights learn at 3e-4 in the recovery of the demo, at 1e-4 in that of",
+        "SmolLM2, at 0.03 of the rate of the activations in controls. Change of the perplexity in per cent, KL to the",
+        f"original per token in nats, on {EVALUATE:,} tokens at most; ± is the deviation over the seeds. The original",
+        "itself, taught in the same way, is its own teacher and does not move. Seconds are those of a shared machine.",
     ]
     for name, (title, *_) in MODELS.items():
         table = table_of(name, folder)
@@ -218,15 +218,13 @@ def markdown(folder: Path) -> str:
             continue
         ran = ", ".join(sorted({c["device"] for c in cells}))
         lines += ["", f"### {title}", "", f"Ran on {ran}; `--models {name}`.", ""]
-        lines += [
-            "| conversion: what trains | numbers | rate | seeds | before, % | KL before | **after, %** | KL after"
-        ]
-        lines[-1] += " | s | MB |"
-        lines += ["|---|---|---|---|---|---|---|---|---|---|"]
+        head = "| conversion: what trains | numbers | steps | rate | seeds | before, % | KL before | **after, %**"
+        lines += [f"{head} | KL after | s | MB |"]
+        lines += ["|---|---|---|---|---|---|---|---|---|---|---|"]
         for row, found in table.chosen(cells):
             good = [c for c in found if "failed" not in c]
             if not good:
-                lines.append(f"| {row} | | | | failed at every rate | | | | | |")
+                lines.append(f"| {row} | | | | | failed at every rate | | | | | |")
                 continue
             parts = []
             for part in ("before", "after"):
@@ -236,11 +234,11 @@ def markdown(folder: Path) -> str:
             cost = (
                 f"{sum(c['seconds'] for c in good) / len(good):.0f} | {max(c['peak_memory'] for c in good) / 1e6:.0f}"
             )
-            lines.append(
-                f"| {row} | {good[0]['trained']:,} | {good[0]['rate']:g} | {len(good)} | {' | '.join(parts)} | {cost} |"
-            )
+            steps = good[0]["steps"]
+            how = f"{good[0]['trained']:,} | {steps} | {format(good[0]['rate'], 'g') if steps else ''}"
+            lines.append(f"| {row} | {how} | {len(good)} | {' | '.join(parts)} | {cost} |")
         lines += ["", "Change after, in per cent, at every rate, first seed:", ""]
-        for row in table.rows:
+        for row in (row for row in table.rows if len(table.tried(row)) > 1):
             tried = sorted((c for c in cells if c["row"] == row and c["seed"] == 0 and "failed" not in c), key=rated)
             told = [f"{c['rate']:g}: {c['after']['change']:+.2f}" for c in tried]
             lines += [f"- {row}: {', '.join(told)}"] if told else []

@@ -35,7 +35,7 @@ from .swap import Swap
 LENGTH = 256
 """Tokens of a window of a causal model."""
 
-RATE = 3e-3
+RATE = 1e-3
 """Of the activations, from a start that is solved already (`benchmarks/recovery.py` tries several)."""
 
 SOLVED = 64
@@ -52,7 +52,7 @@ def recover(
     steps: int = 60,
     what: str = "activations",
     rate: float = RATE,
-    weight_rate: float = 3e-4,
+    weight_rate: float = 1e-4,
     swap: str | None = "auto",
     limit: int | None = None,
     batch_size: int = 8,
