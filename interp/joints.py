@@ -31,7 +31,7 @@ SYMMETRIC = np.array([(-1.0, 1.0), (1.0, -1.0)])
 """The ways of joints that stay symmetric."""
 
 SAME = 1e-4
-"""The share of J that a pair which is not symmetric must gain where law and target are symmetric."""
+"""The share of J that another pair must gain on the first, which is symmetric where law and target are."""
 
 
 def search_joints(p: Problem, sides: tuple[Side, Side], objective: Objective) -> tuple[float, float]:
@@ -68,15 +68,21 @@ def search_joints(p: Problem, sides: tuple[Side, Side], objective: Objective) ->
         if len(good) == len(radii):
             return ends[best, 0], ends[best, 1]
         radii = np.linspace(radii[max(best - 1, 0)], radii[min(best + 1, len(radii) - 1)], 9)
-    found, value = pattern_search(p, objective, ends[best : best + 1], SYMMETRIC if symmetric else moves(fixed))
+    searches = [(ends[best : best + 1], SYMMETRIC if symmetric else moves(fixed))]
     if p.degree <= LOW and fixed == (None, None):
         pairs = np.array(list(product(np.geomspace(0.3, 8, 10) * spread, repeat=2)))
         pairs = np.unique(np.clip(centre + pairs * [-1, 1], least, most), axis=0)
         pairs = pairs[np.argsort(objective(pairs), kind="stable")[:STARTS]]
-        others, values = pattern_search(p, objective, pairs, moves(fixed))
-        if values.min() < value[0] * (1 - SAME):
-            found = others[[values.argmin()]]
-    return float(found[0, 0]), float(found[0, 1])
+        if symmetric:
+            searches.append((pairs, moves(fixed)))
+        else:  # many at once take hardly longer than one
+            searches = [(np.concatenate([ends[best : best + 1], pairs]), moves(fixed))]
+    results = [pattern_search(p, objective, *search) for search in searches]
+    found, values = (np.concatenate(part) for part in zip(*results, strict=True))
+    best = values.argmin()
+    if values[0] * (1 - SAME) <= values[best]:
+        best = 0
+    return float(found[best, 0]), float(found[best, 1])
 
 
 def moves(fixed: tuple[float | None, float | None]) -> np.ndarray:
