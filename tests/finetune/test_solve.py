@@ -39,6 +39,16 @@ def test_the_start_is_solved_on_the_model_s_own_inputs(family, groups):
     assert count == 1 or theta.std(0).gt(0).all(), "each group has its own"
 
 
+@mark.parametrize("family", ["hermite", "rational", "tropical"])
+def test_each_batch_is_met_once(family):
+    net = nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 2)).requires_grad_(False)
+    convert_(net, family=family, degree=4)
+    passes = []
+    net.register_forward_hook(lambda *_: passes.append(1))
+    solve(net, Distillation(net), [{"input": torch.randn(64, 3)} for _ in range(3)])
+    assert len(passes) == 3
+
+
 def test_padding_is_no_input():
     """The ids under the mask do not matter."""
     ids, mask = torch.randint(5, 60, (4, 12), generator=torch.Generator().manual_seed(0)), torch.ones(4, 12).long()
