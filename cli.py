@@ -280,7 +280,11 @@ def fit(target, family, degree, tolerance, tails, derivative_weight, mean, std, 
 @click.option(
     "--calibrate", type=click.Path(), help="Fit each site to this data: as --data.  [default: that of --recover]"
 )
-@click.option("--recover", type=click.Path(), help="Then train the activations towards the original on this data.")
+@click.option(
+    "--recover",
+    type=click.Path(),
+    help="Then bring the activations nearer to the original on this data: least squares, then --steps.",
+)
 @click.option("--steps", type=int, help="Of the recovery; 0: least squares alone.  [default: 60]")
 @click.option("--limit", type=int, help="Calibrate on so many tokens, texts or images.  [default: 2,048, 128, 128]")
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Of the calibration and the recovery.")
@@ -343,7 +347,7 @@ def convert(
     from .convert.provenance import own_command
     from .convert.shards import LIGHT, memory
     from .convert.sources import load_source
-    from .convert.surgeon import convert_, inspect_model, plan, revert_
+    from .convert.surgeon import as_learned, convert_, inspect_model, plan, revert_
     from .interp.errors import OrthoactError
 
     options = _fit_options(family, degree, tolerance, tails, derivative_weight, parameters)
@@ -352,6 +356,10 @@ def convert(
         raise click.UsageError("--limit bounds the data of --calibrate: give that too")
     if steps is not None and recover is None:
         raise click.UsageError("--steps are those of --recover: give that too")
+    if steps is not None and steps < 0:
+        raise OrthoactError(f"--steps {steps}: expected a whole number that is not negative")
+    if recover is not None and not Path(recover).expanduser().exists():
+        raise OrthoactError(f"--recover {recover}: there is no such file or folder")
     if adapter and standalone:
         raise click.UsageError("give one of --adapter and --standalone")
     form = "adapter" if adapter else "standalone" if standalone else "full"
@@ -386,7 +394,8 @@ def convert(
         made = plan(source.model, domains=laws, groups=groups, share=share, **choice, **options)
     if strict:
         _refuse_left(made.left)
-    _warn_of_poor(made, strict)
+    if recover is None or dry_run:
+        _warn_of_poor(made, strict)
     report: dict[str, Any] = {
         "output": None if dry_run else str(out),
         "sites": made.rows,
@@ -406,7 +415,13 @@ def convert(
                 report["recovery"] = recover_on(
                     source, recover, batch_size=batch_size, seed=seed, progress=progress, **chosen
                 )
-            report["seconds"]["recover"] = report["recovery"]["seconds"]
+            found = report["recovery"]
+            report["seconds"]["recover"] = found["seconds"]
+            if found["kept"] != "fit":
+                how = "least squares on its inputs" + ", then trained" * (found["kept"] == "trained")
+                made = as_learned(made, source.model, how)
+                report["sites"] = made.rows
+            _warn_of_poor(made, strict)
         with _status("measuring", not quiet):
             try:
                 if source.planned:
@@ -435,6 +450,8 @@ def convert(
         _print_json(report)
     elif not quiet:
         _report(model, report, made)
+        if dry_run and recover is not None:
+            _console().print("--recover was left out")
         if not (dry_run or no_report or adapter):
             _console().print(f"see {out / 'report.html'}")
 
@@ -470,11 +487,16 @@ def _report(model: str, report: dict[str, Any], made) -> None:
         console.print(f"left: {item.where or '(model)'} {item.function}: {item.reason}", style="dim")
     if "recovery" in report:
         found = report["recovery"]
-        how = f"in {found['steps']} steps" if found["steps"] else "by least squares"
-        console.print(
-            f"recovered {how}: divergence from the original on held-out data "
-            f"{found['divergence_before']:.2e} before, {found['divergence']:.2e} after"
+        before, solved, after = (f"{found[f'divergence{key}']:.2e}" for key in ("_before", "_solved", ""))
+        told = (
+            f"recovered by least squares: divergence from the original on held-out data {before} before, {solved} after"
         )
+        if solved == before:
+            told = f"the least squares were no better than the fit: divergence on held-out data {before}"
+        if found["steps"]:
+            gained = after if found["kept"] == "trained" else "no better, and were taken back"
+            told += f"; {found['steps']} steps: {gained}"
+        console.print(told)
     if "fidelity" in report:
         _fidelity_table(report["fidelity"])
     if report["output"]:

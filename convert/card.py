@@ -275,10 +275,13 @@ def _fidelity(found: dict[str, Any] | None, recovery: dict[str, Any] | None, *, 
     rows = [f"| {words_} | {found[key]:.6g} |" for key, (_, words_) in MEASURES.items() if key in found]
     told = ""
     if recovery:
-        how = f"trained towards the original's output for {recovery['steps']} steps"
-        how = how if recovery["steps"] else "set to the least squares on their inputs"
+        how = "The activations were then set to the least squares on their inputs"
+        if recovery["kept"] == "fit":
+            how = "A recovery found nothing nearer to the original"
+        elif recovery["kept"] == "trained":
+            how += f" and trained towards the original's output for {recovery['steps']} steps"
         told = (
-            f"The activations were then {how} on `{recovery['data']}`: divergence on its held-out part "
+            f"{how} on `{recovery['data']}`: divergence on its held-out part "
             f"{recovery['divergence_before']:.3g} before, {recovery['divergence']:.3g} after.\n\n"
         )
     return f"{told}Measured at the conversion on {over}{words}:\n\n| | |\n|---|---|\n" + "\n".join(rows)
@@ -287,6 +290,7 @@ def _fidelity(found: dict[str, Any] | None, recovery: dict[str, Any] | None, *, 
 def _sites(record: dict[str, Any], report: dict[str, Any], acts: dict[str, Activation]) -> str:
     measured = {row.get("name"): row for row in report.get("sites", []) if isinstance(row, dict)}
     errors = any("value_rms" in row for row in measured.values())
+    when = "curves after the recovery" if report.get("recovery") else "fit, before any training"
     lines = [
         "| activation | original | family | degree | numbers |" + (" value error | slope error |" if errors else ""),
         "|---|---|---|---|---|" + ("---|---|" if errors else ""),
@@ -298,7 +302,7 @@ def _sites(record: dict[str, Any], report: dict[str, Any], acts: dict[str, Activ
             cells += [f"{row[key]:.2e}" if key in row else "" for key in ("value_rms", "slope_rms")]
         lines.append(f"| {' | '.join(cells)} |")
     note = (
-        "\n\nThe errors are root mean squares of the fit, before any training, under the law that it was made for."
+        f"\n\nThe errors are root mean squares of the {when}, under the law that the fit was made for."
         if errors
         else ""
     )

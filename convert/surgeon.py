@@ -15,6 +15,7 @@ from ..interp.choose import check_choice, fit_to_tolerance, ladder
 from ..interp.domains import Law, Measured
 from ..interp.errors import OrthoactError
 from ..interp.fit import DERIVATIVE_WEIGHT, Fit, fit
+from ..interp.learned import learned
 from .audit import Audit, Left, audit
 from .budget import sensitivities
 from .budget import share as shared_out
@@ -284,6 +285,19 @@ def _carry_out(model: nn.Module, made: Plan) -> Conversion:
     for name, new in activations.items():
         put(model, name, Shared(new) if spec["sites"][name].get("shared") else new)
     return Conversion(made, spec)
+
+
+def as_learned(made: Plan, model: nn.Module, reason: str) -> Plan:
+    """The plan with each copy as it is in the model now, after a recovery."""
+    fits: dict[str, Fit] = {}
+    for site, copy in zip(made.sites, made.fits, strict=True):
+        if site.shared:
+            fits[site.name] = fits[site.shared]
+            continue
+        act = model.get_submodule(site.name)
+        assert isinstance(act, Activation)
+        fits[site.name] = learned(act, copy, site.target, reason)
+    return replace(made, fits=tuple(fits.values()))
 
 
 def revert_(model: nn.Module) -> nn.Module:

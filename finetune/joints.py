@@ -9,19 +9,16 @@ from scipy.ndimage import minimum_filter
 from scipy.optimize import minimize
 
 from ..interp.activation import Activation
-from ..interp.coordinates import heavy, transform
+from ..interp.coordinates import transform
 from ..interp.family import Linear, Separable
 from ..interp.fit import Copy
 from .laws import Law
-
-UNSEEN = 1e-2
-"""The share of a law with heavy tails in the law of a site: where it was seen to have no input its original counts."""
 
 KINK = 1e-3
 """The jump of the slope from which a joint is taken to sit on a kink of the original, where it stays."""
 
 SHARES = (0.002, 0.01, 0.04, 0.1, 0.18, 0.27, 0.38)
-"""Of the inputs that are beyond the joints that are looked at first, on each side."""
+"""Of the weight of the inputs, what is beyond the joints that are looked at first, on each side."""
 
 GAIN, FLOOR = 1e-2, 1e-13
 """What other joints must gain: as a share of what is left, and of the square of the original."""
@@ -51,7 +48,7 @@ def place(law: Law, ridge: float) -> None:
     >>> (law.act(x) - torch.nn.functional.gelu(x)).abs().max().item() < 0.04
     True
     """
-    copy = _Search(law, ridge).run() if law.mass.any() else None
+    copy = _Search(law, ridge).run()
     if copy is not None:
         law.act.load_fit(copy)
 
@@ -60,14 +57,13 @@ class _Search:
     """What the groups' least squares leave, as a function of the joints."""
 
     def __init__(self, law: Law, ridge: float):
-        act, x, mass = law.act, law.x.cpu().numpy(), law.mass.double().cpu().numpy()
+        act, x, mass = law.act, law.x.cpu().numpy(), law.weights().cpu().numpy()
         assert act.domain is not None and act.derivative_weight is not None
         family = act.family
         self.x, self.mass, self.family = x, mass, family
         self.f = law.original().cpu().numpy()
-        self.ridge = ridge * mass.sum() / len(mass)
-        unseen = heavy((x - act.domain.mean) / act.domain.std) * np.gradient(x)
-        self.total = mass.sum(axis=0) + UNSEEN * mass.sum() / unseen.sum() * unseen
+        self.ridge = ridge
+        self.total = mass.sum(axis=0) + len(mass) * law.unseen().cpu().numpy()
         self.old = np.array([float(act.lo), float(act.hi)])
         self.free = _off_kinks(act)
         size = act.start.numel()

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import asinh
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..convert.calibrate import observe
 from ..interp.activation import Activation
+from ..interp.coordinates import heavy
 from ..interp.layout import Layout
 from .distill import Distillation
 
@@ -18,6 +20,10 @@ NODES = 1024
 
 FAR = 1000.0
 """The distance of the outermost nodes; what lies beyond counts as there."""
+
+UNSEEN, PROOF = 1e-2, 160
+"""The least share of a law with heavy tails in the law of a site: where no input was seen its original counts. With few
+inputs it is more: it weighs as much as `PROOF` inputs of each channel."""
 
 
 class Law:
@@ -44,11 +50,16 @@ class Law:
         self.mass = torch.zeros(act.groups or 1, NODES, device=act.theta.device)
         """Of each node, (groups, nodes)."""
         self.nodes = self.x.to(self.mass)
+        self.count = 0.0
+        """How many inputs of each channel there were."""
 
     def add(self, x: Tensor, g: Tensor) -> None:
-        """Take inputs and the gradients at their outputs."""
+        """Take inputs and the gradients at their outputs; what is not finite counts for nothing."""
         layout, groups = Layout.of(x, self.act.groups, self.act.channel), len(self.mass)
+        self.count += x.numel() / max(x.shape[-1 if self.act.channel is None else self.act.channel], 1)
         x, weight = (layout.columns(layout.flat(part.float())) for part in (x, g))
+        sound = x.isfinite() & weight.isfinite()
+        x, weight = x.where(sound, 0.0), weight.where(sound, 0.0)
         place = ((x - self.middle) / self.unit).asinh() / self.cell + (NODES - 1) / 2
         left = place.long().clamp(0, NODES - 2)
         here, there = self.nodes[left], self.nodes[left + 1]
@@ -57,6 +68,19 @@ class Law:
         left += (columns // (len(columns) // groups) * NODES).view(1, -1, 1)
         self.mass.view(-1).scatter_add_(0, left.flatten(), (weight * (1 - share)).flatten())
         self.mass.view(-1).scatter_add_(0, left.flatten() + 1, (weight * share).flatten())
+
+    def weights(self) -> Tensor:
+        """The mass in float64, one for each group on average; zero where nothing was met, or nothing that matters."""
+        mass = self.mass.double()
+        return mass * (len(mass) / mass.sum().clamp_min(torch.finfo(torch.float32).tiny))
+
+    def unseen(self) -> Tensor:
+        """The law with heavy tails, (nodes,), beside these weights."""
+        act = self.act
+        mean, std = (act.domain.mean, act.domain.std) if act.domain else (self.middle, self.unit)
+        law = heavy(((self.x - mean) / std).cpu().numpy()) * np.gradient(self.x.cpu().numpy())
+        share = max(UNSEEN, PROOF / max(self.count, 1.0))
+        return torch.from_numpy(share * law / law.sum()).to(self.x)
 
     def original(self) -> Tensor:
         """The original at the nodes, in float64."""
@@ -78,7 +102,7 @@ def laws_of(
         assert isinstance(act, Activation)
         if act.channel not in (None, -1):  # what looks like a mask of positions would be one of channels
             keep = None
-        return x.clone() if getattr(act.original, "inplace", False) else x, keep
+        return x.clone(), keep  # the original, or what comes after it, may work in place
 
     @torch.no_grad()
     def weigh(act: nn.Module, met: tuple[Tensor, Tensor | None], g: Tensor) -> None:

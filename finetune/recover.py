@@ -61,21 +61,23 @@ def recover(
 ) -> dict[str, Any]:
     """Train the activations of the converted model of `source` towards its original, in place, on `data`.
 
-    First the joints of each activation are put where, and its numbers are set to what the least squares on its own
-    inputs make them (`solve`), if that brings the model nearer to its original; then all numbers are trained together
-    in so many `steps`, or in none.
+    First each activation gets the joints and the numbers that are the least squares on its own inputs (`solve`); then
+    all numbers are trained together in so many `steps`, or in none. Each is taken back where it brings the model no
+    nearer to its original on data that are held out. In the end the model is in evaluation mode, and what `what` names
+    is what requires gradients.
 
-    `data` is what `convert.data.batches` takes, without labels; a tenth of it, at least one batch, is held out. Each
-    step takes one batch of `batch_size` texts, images or windows of `LENGTH` tokens. `what` is that of `choose`: with
-    the default no weight changes; `rate` is that of the activations, `weight_rate` of all else. `swap` is that of
-    `Swap`; `auto` swaps site by site where the start is coarse. Where the held-out divergence is no better in the
-    end than at the start, the start is kept. `limit` bounds the texts, images or tokens that are read; by default what
-    the start and the steps can take.
+    `data` is what `convert.data.batches` takes, without labels; the last tenth of its batches, at least one, is held
+    out; of a single batch half. Each step takes one batch of `batch_size` texts, images or windows of `LENGTH` tokens.
+    The least squares take up to `SOLVED` of these: with far fewer they move little, for few inputs are no proof.
+    `what` is that of `choose`: with the default no weight changes; `rate` is that of the activations, `weight_rate` of
+    all else. `swap` is that of `Swap`; `auto` swaps site by site where the start is coarse. `limit` bounds the texts,
+    images or tokens that are read; by default what the start and the steps can take.
 
-    Returns `data` (of a path of this machine the last part), `steps`, `trained` (numbers), `swap`, `divergence_before`,
-    `divergence_solved` and `divergence` (of the held-out part, see `Distillation`; at the start, before the first step
-    and in the end), `outside` (the largest share of a site's inputs outside its core) and `seconds`. Raises
-    `OrthoactError` for data that do not fit or are too few.
+    Returns `data` (of a path of this machine the last part), `steps`, `trained` (numbers), `swap`, `kept` (`fit`:
+    nothing was nearer; `solved`: the least squares; `trained`: the steps too), `divergence_before`, `divergence_solved`
+    and `divergence` (of the held-out part, see `Distillation`; at the start, before the first step and in the end),
+    `outside` (the largest share of a site's inputs outside its core during training; 0 without steps) and `seconds`.
+    Raises `OrthoactError` for data that do not fit or are too few.
     """
     model = source.model
     if steps < 0:
@@ -83,7 +85,7 @@ def recover(
     if limit is None:  # what the start and the steps can take, and the tenth
         limit = ceil(max(SOLVED, steps * batch_size) / 0.9) * (LENGTH if predicts_next(model) else 1)
     inputs = batches(source, data, limit=limit, size=batch_size, seed=seed, flag="--recover")
-    training, held = _split(_windows(inputs, batch_size))
+    training, held = _split(_windows(inputs, batch_size, model))
     train = Train(
         loss="distill",
         what=what,
@@ -146,6 +148,7 @@ def recover(
         "steps": steps,
         "trained": trainable.total,
         "swap": swap,
+        "kept": "trained" if after < solved else "solved" if solved < before else "fit",
         "divergence_before": before,
         "divergence_solved": solved,
         "divergence": after,
@@ -197,12 +200,13 @@ def _only(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return examples[0]
 
 
-def _windows(inputs: Batches, size: int) -> list[dict[str, Tensor]]:
-    """The batches; the text of a causal model as `size` windows of `LENGTH` tokens each."""
+def _windows(inputs: Batches, size: int, model: nn.Module) -> list[dict[str, Tensor]]:
+    """The batches; the text of a causal model as `size` windows of `LENGTH` tokens each, or of its context."""
     if inputs.unit != "tokens":
         return [{k: v for k, v in item.items() if k != "labels"} for item in inputs]
     ids = torch.cat([item["input_ids"].flatten() for item in inputs])
-    length = min(LENGTH, max(2, len(ids) // 2))
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None) or LENGTH
+    length = min(LENGTH, context, max(2, len(ids) // 2))
     return [{"input_ids": part} for part in ids[: len(ids) // length * length].view(-1, length).split(size)]
 
 

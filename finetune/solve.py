@@ -14,8 +14,9 @@ from . import joints
 from .distill import Distillation
 from .laws import Law, laws_of
 
-RIDGE = 1e-3
-"""What a change of a site's curve costs beside what it leaves of the error: few inputs of a channel are no proof."""
+RIDGE, PROOF = 1e-3, 16
+"""What a change of a site's curve costs at least, beside the errors; with few inputs it is more: as much as this many
+inputs of a channel may gain by it."""
 
 STEPS = 5
 """Gauss-Newton steps, for families that are not linear in all their numbers."""
@@ -33,7 +34,8 @@ def solve(
 
     over the inputs that the original model gives the activation on `batches`, without padding, with its original f and
     the gradient g of a loss at its output (see `convert.calibrate`: half of the sum is the model's divergence, if all
-    errors are small and independent); G is the mean over the site's groups of the sum of $g^2$. For a family that is
+    errors are small and independent); G is the mean over the site's groups of the sum of $g^2$; with few inputs
+    the ridge is larger (`PROOF`). For a family that is
     linear in its numbers d is the minimum, else the best of some Gauss-Newton steps, and none in a group that they make
     worse. theta is measured in function space (`coordinates`), so that one `ridge` suits all. A plain fit copies f for
     one law of inputs; the channels of a site have many, and do not matter alike. The sums are those of `laws.Law`;
@@ -56,11 +58,13 @@ def solve(
     laws = laws_of(model, taught, batches, acts, seed)
     while laws:  # each is as large as a thousand numbers for each group
         law = laws.pop()
+        if not law.mass.any():  # nothing was met, or nothing that matters
+            continue
+        strength = ridge * max(1.0, PROOF / RIDGE / max(law.count, 1.0))
         if joints.are_free(law.act):
-            joints.place(law, ridge)
-        if law.mass.any():  # else nothing was met, or nothing that matters
-            with torch.no_grad():
-                law.act.theta.copy_(_least(law, ridge).view_as(law.act.theta))
+            joints.place(law, strength)
+        with torch.no_grad():
+            law.act.theta.copy_(_least(law, strength).view_as(law.act.theta))
 
 
 def _least(law: Law, ridge: float) -> Tensor:
@@ -72,20 +76,19 @@ def _least(law: Law, ridge: float) -> Tensor:
     if isinstance(family, Separable):  # with its shape as it is it is linear
         into = torch.linalg.inv(act.transform.double())
         ways.append((into[:, : len(every) - family.shape(act.degree)], 0.0))
-    strength = ridge * law.mass.double().sum() / len(start)
     for _ in range(STEPS):
         products, by_theta = _products(law, theta, True), torch.func.vmap(torch.func.jacrev(act._numbers))(theta)
         learnt = products.shape[-1] - 3
         by_theta = torch.cat([by_theta[:, :learnt], by_theta[:, -2:]], 1)
-        matrix = by_theta.mT @ products[:, :-1, :-1] @ by_theta + strength * every
-        right = by_theta.mT @ products[:, :-1, -1:] - strength * (theta - start).unsqueeze(-1)
+        matrix = by_theta.mT @ products[:, :-1, :-1] @ by_theta + ridge * every
+        right = by_theta.mT @ products[:, :-1, -1:] - ridge * (theta - start).unsqueeze(-1)
         tried = [theta]
         for way, damping in ways:
-            step = torch.linalg.solve(way.mT @ (matrix + damping * strength * every) @ way, way.mT @ right)
+            step = torch.linalg.solve(way.mT @ (matrix + damping * ridge * every) @ way, way.mT @ right)
             tried.append(theta + (way @ step).squeeze(-1))
         if isinstance(family, Linear):
             return tried[1]
-        left = [_products(law, one, False)[:, 0, 0] + strength * (one - start).square().sum(-1) for one in tried]
+        left = [_products(law, one, False)[:, 0, 0] + ridge * (one - start).square().sum(-1) for one in tried]
         best = torch.stack(left).nan_to_num(torch.inf).argmin(0)
         theta = torch.stack(tried)[best, torch.arange(len(start), device=start.device)]
     return theta
@@ -101,8 +104,8 @@ def _products(law: Law, theta: Tensor, parts: bool) -> Tensor:
     Only the numbers that F has derivatives by, and the tails' slopes; without `parts` only what F leaves.
     """
     act, f, found = law.act, law.original(), []
-    frame, rows = Frame(*act._frame().unbind()), max(1, PIECE // len(law.x))
-    for numbers, mass in zip(act._numbers(theta).split(rows), law.mass.double().split(rows), strict=True):
+    frame, rows, weights = Frame(*act._frame().unbind()), max(1, PIECE // len(law.x)), law.weights()
+    for numbers, mass in zip(act._numbers(theta).split(rows), weights.split(rows), strict=True):
         mine, x = list(numbers.unsqueeze(1).unbind(-1)), law.x.expand(len(mass), -1)
         each = derivatives(act.family, x, mine, frame, True)[1] if parts else []
         each = [part.expand_as(x) for part in (*each, f - value(act.family, x, mine, frame))]

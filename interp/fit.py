@@ -249,7 +249,7 @@ def _solve(p: Problem) -> Fit:
         reason=reason,
         seconds=0.0,
     )
-    return _measure(p, result)
+    return measured(p, result, *result(p.points()))
 
 
 def _least_squares(
@@ -307,13 +307,14 @@ def _least_squares(
     return [float(v) for v in numbers] + [float(v) for v in shape], condition
 
 
-def _measure(p: Problem, result: Fit) -> Fit:
-    n, (value, slope) = len(p.x), result(np.concatenate([p.x, p.far[0]]))
-    error, slope_error = value[:n] - p.f, np.where(p.smooth(p.x), slope[:n] - p.d, 0.0)
-    sup, slope_sup = np.abs(value[n:] - p.far[1]).max(), np.abs(slope[n:] - p.far[2]).max()
+def measured(p: Problem, result: Fit, value: np.ndarray, slope: np.ndarray) -> Fit:
+    """`result` with the figures of these values and slopes at `p.points()`, one curve, or several in rows."""
+    n = len(p.x)
+    error, slope_error = value[..., :n] - p.f, np.where(p.smooth(p.x), slope[..., :n] - p.d, 0.0)
+    sup, slope_sup = np.abs(value[..., n:] - p.far[1]).max(), np.abs(slope[..., n:] - p.far[2]).max()
     if p.tails == "linear":
         sup, slope_sup = max(sup, np.abs(error).max()), max(slope_sup, np.abs(slope_error).max())
-    square, slope_square = float(p.w @ error**2), float(p.w @ slope_error**2)
+    square, slope_square = (float(np.mean(part**2 @ p.w)) for part in (error, slope_error))
     share, reason = (square / max(float(p.w @ p.f**2), 1e-300)) ** 0.5, result.reason
     if share > POOR:
         reason += f"; a poor copy: its error is {100 * share:.0f} % of the target, try another degree or family"

@@ -84,6 +84,10 @@ class Problem:
         wider it is taken for where these are too few."""
         self.sums: dict[tuple[int, Line], np.ndarray] = {}
 
+    def points(self) -> np.ndarray:
+        """Where a copy is measured: at the nodes of the law, and from there far out."""
+        return np.concatenate([self.x, self.far[0]])
+
     def smooth(self, x: np.ndarray) -> np.ndarray:
         """Where x is no kink: the slope there is a convention of autograd."""
         return np.all([np.abs(x - kink) > 1e-9 for kink in self.target.kinks] or [np.isfinite(x)], axis=0)

@@ -7,7 +7,7 @@ import torch
 from pytest import mark
 from torch import nn
 
-from orthoact import Activation, fit
+from orthoact import Activation, convert_, fit
 from orthoact.finetune.distill import Distillation
 from orthoact.finetune.joints import _Search, are_free, place
 from orthoact.finetune.laws import Law
@@ -51,6 +51,28 @@ def test_a_law_has_the_sums_and_means_of_each_group(shape):
 def test_what_lies_far_out_counts_at_the_end():
     law = met(Activation.from_fit(fit("silu", degree=4), original=SILU), torch.tensor([-1e6, 1e6, 0.0]))
     assert law.mass[0, 0] == law.mass[0, -1] == 1 and law.mass.sum() == 3
+
+
+@mark.parametrize("bad", [float("inf"), float("nan")])
+def test_what_is_not_finite_counts_for_nothing(bad):
+    x, g = inputs(400), torch.ones(400, 3)
+    law = met(Activation.from_fit(fit("silu", degree=4), original=SILU), x[2:])
+    other = Law(law.act)
+    x[0, 0], g[1, 2] = bad, bad
+    x[0, 1:], g[1, :2] = 0, 0
+    g[0, 1:] = 0
+    other.add(x, g)
+    assert torch.equal(other.mass, law.mass)
+
+
+@mark.parametrize("size", [1e-12, 1.0, 1e12])
+def test_the_size_of_a_loss_does_not_matter(size):
+    acts = [Activation.from_fit(fit("silu", degree=3), original=SILU) for _ in range(2)]
+    for act, by in zip(acts, (1.0, size), strict=True):
+        law = Law(act)
+        law.add(inputs(400), torch.full((400, 3), by))
+        place(law, 1e-3)
+    assert torch.allclose(acts[0].start, acts[1].start, rtol=1e-3) and torch.allclose(acts[0].hi, acts[1].hi, rtol=1e-3)
 
 
 @mark.parametrize("degree", [3, 4, 5])
@@ -123,12 +145,13 @@ def test_an_original_that_works_in_place():
     assert all(torch.equal(t, acts[1].state_dict()[name]) for name, t in acts[0].state_dict().items())
 
 
-def test_without_inputs_nothing_moves():
-    act = Activation.from_fit(fit("silu", degree=4), original=SILU)
-    before, law = deepcopy(act.state_dict()), Law(act)
-    law.add(inputs(400), torch.zeros(400, 3))
-    place(law, 1e-3)
-    assert all(torch.equal(t, before[name]) for name, t in act.state_dict().items())
+def test_what_does_not_matter_does_not_move():
+    net = nn.Sequential(nn.Linear(3, 3), nn.SiLU(), nn.Linear(3, 2)).requires_grad_(False)
+    net.get_parameter("2.weight").zero_()
+    convert_(net, degree=4)
+    before = deepcopy(net.state_dict())
+    solve(net, Distillation(net), [{"input": inputs(400)}])
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
 
 
 def test_where_no_input_lies_the_original_counts():

@@ -48,7 +48,7 @@ def test_convert_with_recover_writes_a_better_folder(text, tmp_path):
     assert taught.exit_code == 0, taught.output
     before, after = json.loads(done.stdout), json.loads(taught.stdout)
     found = after["recovery"]
-    assert found["steps"] == 12 and found["trained"] == 18 and found["swap"] is None
+    assert found["steps"] == 12 and found["trained"] == 18 and found["swap"] is None and found["kept"] == "trained"
     assert found["divergence"] < found["divergence_solved"] < found["divergence_before"] / 4
     assert after["fidelity"]["kl"] < before["fidelity"]["kl"] / 4
     record = (tmp_path / "out" / "orthoact.json").read_text()
@@ -92,6 +92,49 @@ def test_the_start_is_kept_where_training_makes_it_worse(text):
         assert found["divergence"] == found["divergence_solved"] <= found["divergence_before"]
         thetas.append(numbers(source.model))
     assert torch.equal(*thetas), "a step was left in"
+
+
+@mark.parametrize("groups", ["per-channel", "4"])
+def test_the_record_has_the_curves_of_the_folder(groups, text, tmp_path):
+    """Joints and errors are those after the recovery; what is poor before it is no reason to refuse."""
+    command = ["convert", "demo", "--degree", "3", "--recover", str(text), "--steps", "0", "--groups", groups]
+    done = CliRunner().invoke(main, [*command, *["--strict"] * (groups == "4"), "-o", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    record = json.loads((tmp_path / "out" / "orthoact.json").read_text())
+    acts = {name: m for name, m in load(tmp_path / "out").named_modules() if isinstance(m, Activation)}
+    for row in record["sites"]:
+        act, made = acts[row["name"]], record["fits"][row["name"]]
+        assert (made["lo"], made["hi"]) == (act.lo.item(), act.hi.item())
+        assert row["reason"].startswith("least squares on its inputs") and row["value_rms"] == made["value_rms"]
+        x = torch.linspace(-20, 20, 401)[:, None].expand(-1, act.groups)
+        with torch.no_grad():
+            far = (act(x) - torch.nn.functional.gelu(x, approximate="tanh")).abs().max()
+        assert abs(far - row["value_max"]) < 1e-3 * far
+
+
+def test_few_words_do_no_harm(tmp_path):
+    """The recovery of a good copy on seventeen words, judged on other text."""
+    tiny_text = tmp_path / "tiny.txt"
+    tiny_text.write_text("She was not at all afraid of the weather, and walked to the village all the same.")
+    kls = []
+    for more in ([], ["--recover", str(tiny_text), "--steps", "0"]):
+        calibrate = ["--calibrate", str(tiny_text)]
+        done = CliRunner().invoke(
+            main, ["convert", "demo", "--json", *calibrate, *more, "-o", str(tmp_path / f"out{len(kls)}")]
+        )
+        assert done.exit_code == 0, done.output
+        kls.append(json.loads(done.stdout)["fidelity"]["kl"])
+    assert kls[1] < 1.1 * kls[0]
+
+
+def test_a_context_shorter_than_a_window(text):
+    source = load_source("demo")
+    model = source.model
+    model.transformer.wpe = torch.nn.Embedding.from_pretrained(model.transformer.wpe.weight[:100])
+    model.config.n_positions = 100
+    convert_(model, degree=3)
+    found = recover(source, text, steps=1, batch_size=2, limit=1000)
+    assert found["divergence"] < found["divergence_before"]
 
 
 def test_no_step_is_told_as_none(text, tmp_path):
@@ -171,3 +214,9 @@ def test_data_that_do_not_fit(text, tmp_path):
     assert done.exit_code == 2 and "--recover" in done.output
     done = CliRunner().invoke(main, ["convert", "demo", "--recover", "nowhere.txt", "-o", str(tmp_path / "out")])
     assert done.exit_code == 1 and "there is no such file" in done.output and not (tmp_path / "out").exists()
+    for bad in (
+        ["--recover", str(text), "--steps", "-1"],
+        ["--recover", str(tmp_path / "no"), "--calibrate", str(text)],
+    ):
+        done = CliRunner().invoke(main, ["convert", "no-model", *bad])
+        assert done.exit_code == 1 and "no-model" not in done.output, "said before a model is loaded"
