@@ -290,7 +290,9 @@ def fit(target, family, degree, tolerance, tails, derivative_weight, mean, std, 
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Of the calibration and the recovery.")
 @click.option("--dry-run", is_flag=True, help="Plan only; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT; refit a MODEL that is converted already.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the probe batch and of --calibrate.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of the probe batch, --calibrate and --recover."
+)
 @click.option("--adapter", is_flag=True, help="Write the activations alone, a few kB, as an adapter of PEFT.")
 @click.option("--standalone", is_flag=True, help="Add a code file: without orthoact, by trust_remote_code=True.")
 @click.option("--push-to-hub", metavar="REPO", help="Push OUTPUT to this repository of the Hub.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import asinh
 
 import numpy as np
@@ -94,8 +94,12 @@ def laws_of(
     batches: Iterable[dict[str, Tensor]],
     acts: Iterable[Activation],
     seed: int = 0,
+    progress: Callable[[int], None] | None = None,
 ) -> list[Law]:
-    """The laws of the inputs that the original gives each activation, without padding; `seed` draws the losses."""
+    """The laws of the inputs that the original gives each activation, without padding; `seed` draws the losses.
+
+    `progress` is told how many batches are done.
+    """
     laws = {act: Law(act) for act in acts}
 
     def add(act: nn.Module, x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -111,5 +115,5 @@ def laws_of(
         laws[act].add(*((x, g) if keep is None else (x[keep], g[keep])))
 
     with taught.teacher(model):
-        observe(model, list(laws), batches, add, weigh, seed=seed)
+        observe(model, list(laws), batches, add, weigh, seed=seed, progress=progress)
     return list(laws.values())

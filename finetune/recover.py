@@ -71,7 +71,8 @@ def recover(
     The least squares take up to `SOLVED` of these: with far fewer they move little, for few inputs are no proof.
     `what` is that of `choose`: with the default no weight changes; `rate` is that of the activations, `weight_rate` of
     all else. `swap` is that of `Swap`; `auto` swaps site by site where the start is coarse. `limit` bounds the texts,
-    images or tokens that are read; by default what the start and the steps can take.
+    images or tokens that are read; by default what the start and the steps can take. `progress` is told how much is
+    done and of how much: first of the least squares, then of the steps.
 
     Returns `data` (of a path of this machine the last part), `steps`, `trained` (numbers), `swap`, `kept` (`fit`:
     nothing was nearer; `solved`: the least squares; `trained`: the steps too), `divergence_before`, `divergence_solved`
@@ -107,7 +108,7 @@ def recover(
     items = [{k: v.to(device) for k, v in item.items()} for item in held]
     before = measure(objective, items, "divergence", accelerator)["loss"]
     start = _kept(model)
-    solve(model, taught, training.items[: ceil(SOLVED / batch_size)], seed=seed)
+    solve(model, taught, training.items[: ceil(SOLVED / batch_size)], seed=seed, progress=progress)
     solved = measure(objective, items, "divergence", accelerator)["loss"]
     if not solved < before:
         solved = before

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,13 @@ DAMPING = (0.0, 10.0, 100.0, 1e3)
 
 
 def solve(
-    model: nn.Module, taught: Distillation, batches: Iterable[dict[str, Tensor]], *, ridge: float = RIDGE, seed: int = 0
+    model: nn.Module,
+    taught: Distillation,
+    batches: Iterable[dict[str, Tensor]],
+    *,
+    ridge: float = RIDGE,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     r"""Move the numbers of each activation that trains, group by group, to the least squares on its inputs, in place.
 
@@ -34,12 +40,12 @@ def solve(
 
     over the inputs that the original model gives the activation on `batches`, without padding, with its original f and
     the gradient g of a loss at its output (see `convert.calibrate`: half of the sum is the model's divergence, if all
-    errors are small and independent); G is the mean over the site's groups of the sum of $g^2$; with few inputs
-    the ridge is larger (`PROOF`). For a family that is
-    linear in its numbers d is the minimum, else the best of some Gauss-Newton steps, and none in a group that they make
-    worse. theta is measured in function space (`coordinates`), so that one `ridge` suits all. A plain fit copies f for
-    one law of inputs; the channels of a site have many, and do not matter alike. The sums are those of `laws.Law`;
-    `seed` draws the losses.
+    errors are small and independent); G is the mean over the site's groups of the sum of $g^2$. With few inputs the
+    ridge is larger (`PROOF`). For a family that is linear in its numbers d is the minimum, else the best of some
+    Gauss-Newton steps, and none in a group that they make worse. theta is measured in function space (`coordinates`),
+    so that one `ridge` suits all. A plain fit copies f for one law of inputs; the channels of a site have many, and do
+    not matter alike. The sums are those of `laws.Law`; `seed` draws the losses; `progress` is told how many batches and
+    sites are done, and of how many.
 
     Before, joints and a common curve to start from are put where that leaves least (`joints.place`), without the
     equalities of a fit.
@@ -55,16 +61,20 @@ def solve(
     True
     """
     acts = [m for m in model.modules() if isinstance(m, Activation) and m.theta.requires_grad]
-    laws = laws_of(model, taught, batches, acts, seed)
+    if not acts:
+        return
+    batches, told = list(batches), progress or (lambda done, total: None)
+    total = len(batches) + len(acts)
+    laws = laws_of(model, taught, batches, acts, seed, lambda done: told(done, total))
     while laws:  # each is as large as a thousand numbers for each group
         law = laws.pop()
-        if not law.mass.any():  # nothing was met, or nothing that matters
-            continue
-        strength = ridge * max(1.0, PROOF / RIDGE / max(law.count, 1.0))
-        if joints.are_free(law.act):
-            joints.place(law, strength)
-        with torch.no_grad():
-            law.act.theta.copy_(_least(law, strength).view_as(law.act.theta))
+        if law.mass.any():  # else nothing was met, or nothing that matters
+            strength = ridge * max(1.0, PROOF / RIDGE / max(law.count, 1.0))
+            if joints.are_free(law.act):
+                joints.place(law, strength)
+            with torch.no_grad():
+                law.act.theta.copy_(_least(law, strength).view_as(law.act.theta))
+        told(total - len(laws), total)
 
 
 def _least(law: Law, ridge: float) -> Tensor:

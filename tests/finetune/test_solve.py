@@ -43,10 +43,11 @@ def test_the_start_is_solved_on_the_model_s_own_inputs(family, groups):
 def test_each_batch_is_met_once(family):
     net = nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 2)).requires_grad_(False)
     convert_(net, family=family, degree=4)
-    passes = []
+    passes, told = [], []
     net.register_forward_hook(lambda *_: passes.append(1))
-    solve(net, Distillation(net), [{"input": torch.randn(64, 3)} for _ in range(3)])
-    assert len(passes) == 3
+    batches = [{"input": torch.randn(64, 3)} for _ in range(3)]
+    solve(net, Distillation(net), batches, progress=lambda *done: told.append(done))
+    assert len(passes) == 3 and told == [(i, 4) for i in range(1, 5)]
 
 
 def test_padding_is_no_input():
