@@ -345,6 +345,7 @@ def convert(
     """
     from .convert.calibrate import calibrate_on
     from .convert.checkpoint import check_output, save
+    from .convert.data import existing
     from .convert.fidelity import evaluate
     from .convert.provenance import own_command
     from .convert.shards import LIGHT, memory
@@ -360,8 +361,9 @@ def convert(
         raise click.UsageError("--steps are those of --recover: give that too")
     if steps is not None and steps < 0:
         raise OrthoactError(f"--steps {steps}: expected a whole number that is not negative")
-    if recover is not None and not Path(recover).expanduser().exists():
-        raise OrthoactError(f"--recover {recover}: there is no such file or folder")
+    for name, data in ((flag, calibrate), ("--recover", recover)):  # before a model is loaded
+        if data is not None:
+            existing(data, name)
     if adapter and standalone:
         raise click.UsageError("give one of --adapter and --standalone")
     form = "adapter" if adapter else "standalone" if standalone else "full"
@@ -420,8 +422,9 @@ def convert(
             found = report["recovery"]
             report["seconds"]["recover"] = found["seconds"]
             if found["kept"] != "fit":
-                how = "least squares on its inputs" + ", then trained" * (found["kept"] == "trained")
-                made = as_learned(made, source.model, how)
+                how = {"solved": "least squares on its inputs", "trained": "trained towards the original"}
+                how["both"] = f"{how['solved']}, then {how['trained']}"
+                made = as_learned(made, source.model, how[found["kept"]])
                 report["sites"] = made.rows
             _warn_of_poor(made, strict)
         with _status("measuring", not quiet):
@@ -493,10 +496,10 @@ def _report(model: str, report: dict[str, Any], made) -> None:
         told = (
             f"recovered by least squares: divergence from the original on held-out data {before} before, {solved} after"
         )
-        if solved == before:
+        if found["kept"] in ("fit", "trained"):
             told = f"the least squares were no better than the fit: divergence on held-out data {before}"
         if found["steps"]:
-            gained = after if found["kept"] == "trained" else "no better, and were taken back"
+            gained = after if found["kept"] in ("trained", "both") else "no better, and were taken back"
             told += f"; {found['steps']} steps: {gained}"
         console.print(told)
     if "fidelity" in report:

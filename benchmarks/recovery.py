@@ -7,9 +7,10 @@
 Each cell is `orthoact convert --degree N [--calibrate mails] --recover mails` in Python, by the package's own loop: the
 converted model learns from its own original activations on mails (SpamAssassin's ham, no label is used), and is
 measured on Jane Austen, the demo on its held-out chapters, SmolLM2 on Persuasion. The rate is chosen by the divergence
-on mails that are held out; `least squares alone` takes no step (`--steps 0`), and all other rows begin with it. Rows
-that are not calibrated leave out what the command does by itself: it fits each site to the mails of --recover. Controls
-learn the next token of the same mails: the original's norms, and the same norms and activations after a conversion.
+on mails that are held out; `least squares alone` takes no step (`--steps 0`), and all rows but controls begin with it.
+Rows that are not calibrated leave out what the command does by itself: it fits each site to the mails of --recover.
+Controls learn the next token of the same mails: the original's norms, and the same norms and activations after a
+conversion.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ MODELS = {  # title, model, what it is measured on
     "smollm2": ("SmolLM2-135M (30 sites)", "smollm2", "english.txt"),
 }
 STEPS, BATCH, LENGTH = 86, 8, 256  # 176,128 tokens, and a tenth that is held out: below 200,000
-FEW = 8  # steps of SmolLM2: on two cores one takes half a minute
+FEW = 8  # steps of SmolLM2: on one core each takes half a minute
 RATES = (1e-3, 3e-3)
 CONTROLS = {"demo": (3e-3, 1e-2, 3e-2), "smollm2": (1e-2,)}  # the second takes what served the first
 NORMS = {"demo": 3e-4, "smollm2": 1e-4}  # the rate of norms and weights in the recovery
@@ -206,10 +207,11 @@ def markdown(folder: Path) -> str:
     lines = ["# Recovery by self-distillation", "", *(__doc__ or "").split("\n\n")[-1].strip().split("\n")]
     lines += [
         f"{STEPS} steps of {BATCH} windows of {LENGTH} tokens are {STEPS * BATCH * LENGTH:,} tokens; the least squares",
-        f"take {SOLVED * LENGTH:,}. Norms and weights learn at 3e-4 in the recovery of the demo, at 1e-4 in that of",
-        "SmolLM2, at 0.03 of the rate of the activations in controls. Change of the perplexity in per cent, KL to the",
-        f"original per token in nats, on {EVALUATE:,} tokens at most; ± is the deviation over the seeds. The original",
-        "itself, taught in the same way, is its own teacher and does not move. Seconds are those of a shared machine.",
+        f"take {SOLVED * LENGTH:,}. Norms and weights learn at {NORMS['demo']:g} in the recovery of the demo, at",
+        f"{NORMS['smollm2']:g} in that of SmolLM2, at 0.03 of the rate of the activations in controls. Change of the",
+        f"perplexity in per cent, KL to the original per token in nats, on {EVALUATE:,} tokens at most; ± is the",
+        "deviation over the seeds. The original itself, taught in the same way, is its own teacher and does not move.",
+        "Seconds are those of a shared machine.",
     ]
     for name, (title, *_) in MODELS.items():
         table = table_of(name, folder)

@@ -275,11 +275,10 @@ def _fidelity(found: dict[str, Any] | None, recovery: dict[str, Any] | None, *, 
     rows = [f"| {words_} | {found[key]:.6g} |" for key, (_, words_) in MEASURES.items() if key in found]
     told = ""
     if recovery:
-        how = "The activations were then set to the least squares on their inputs"
-        if recovery["kept"] == "fit":
-            how = "A recovery found nothing nearer to the original"
-        elif recovery["kept"] == "trained":
-            how += f" and trained towards the original's output for {recovery['steps']} steps"
+        solved = "set to the least squares on their inputs"
+        taught = f"trained towards the original's output for {recovery['steps']} steps"
+        done = {"solved": solved, "trained": taught, "both": f"{solved} and {taught}"}.get(str(recovery.get("kept")))
+        how = f"The activations were then {done}" if done else "A recovery found nothing nearer to the original"
         told = (
             f"{how} on `{recovery['data']}`: divergence on its held-out part "
             f"{recovery['divergence_before']:.3g} before, {recovery['divergence']:.3g} after.\n\n"

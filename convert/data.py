@@ -71,9 +71,7 @@ def batches(
             batch = probe_batch(model, rows=2, length=12, seed=seed)
             return Batches("probe", "images" if images else "texts", [batch])
         data, name = demo_folder() / "heldout.txt", "demo"
-    path = Path(data).expanduser()
-    if not path.exists():
-        raise OrthoactError(f"{flag} {data}: there is no such file or folder")
+    path = existing(data, flag)
     try:
         return _read(source, path, name, limit, size, seed)
     except OrthoactError as error:
@@ -127,6 +125,14 @@ def tokenizer_of(source: Source) -> Any:
         f"{source.name}: its folder holds no tokenizer that can be read, and --data is text; leave --data out to use "
         f"a seeded probe batch"
     ) from why
+
+
+def existing(data: str | Path, flag: str) -> Path:
+    """The path of the data; `OrthoactError`, which calls it `flag`, where there is nothing."""
+    path = Path(data).expanduser()
+    if not path.exists():
+        raise OrthoactError(f"{flag} {data}: there is no such file or folder")
+    return path
 
 
 def _windows(model: Any, tokenizer: Any, text: str, limit: int | None, size: int) -> list[dict[str, Tensor]]:

@@ -58,12 +58,13 @@ class Law:
         layout, groups = Layout.of(x, self.act.groups, self.act.channel), len(self.mass)
         self.count += x.numel() / max(x.shape[-1 if self.act.channel is None else self.act.channel], 1)
         x, weight = (layout.columns(layout.flat(part.float())) for part in (x, g))
+        weight = weight.square()
         sound = x.isfinite() & weight.isfinite()
         x, weight = x.where(sound, 0.0), weight.where(sound, 0.0)
         place = ((x - self.middle) / self.unit).asinh() / self.cell + (NODES - 1) / 2
         left = place.long().clamp(0, NODES - 2)
         here, there = self.nodes[left], self.nodes[left + 1]
-        share, weight = ((x - here) / (there - here)).clamp(0, 1), weight.square()
+        share = ((x - here) / (there - here)).clamp(0, 1)
         columns = torch.arange(x.shape[1], device=x.device)
         left += (columns // (len(columns) // groups) * NODES).view(1, -1, 1)
         self.mass.view(-1).scatter_add_(0, left.flatten(), (weight * (1 - share)).flatten())

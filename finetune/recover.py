@@ -38,6 +38,9 @@ LENGTH = 256
 RATE = 1e-3
 """Of the activations, from a start that is solved already (`benchmarks/recovery.py` tries several)."""
 
+KEPT = {(False, False): "fit", (True, False): "solved", (False, True): "trained", (True, True): "both"}
+"""What of a recovery is kept, by whether the least squares and the steps brought the model nearer to its original."""
+
 SOLVED = 64
 """Texts, images or windows that the start is solved on."""
 
@@ -75,9 +78,10 @@ def recover(
     done and of how much: first of the least squares, then of the steps.
 
     Returns `data` (of a path of this machine the last part), `steps`, `trained` (numbers), `swap`, `kept` (`fit`:
-    nothing was nearer; `solved`: the least squares; `trained`: the steps too), `divergence_before`, `divergence_solved`
-    and `divergence` (of the held-out part, see `Distillation`; at the start, before the first step and in the end),
-    `outside` (the largest share of a site's inputs outside its core during training; 0 without steps) and `seconds`.
+    nothing was nearer; `solved`: the least squares; `trained`: the steps; `both`), `divergence_before`,
+    `divergence_solved` and `divergence` (of the held-out part, see `Distillation`; at the start, before the first step
+    and in the end), `outside` (the largest share of a site's inputs outside its core during training; 0 without steps)
+    and `seconds`.
     Raises `OrthoactError` for data that do not fit or are too few.
     """
     model = source.model
@@ -149,7 +153,7 @@ def recover(
         "steps": steps,
         "trained": trainable.total,
         "swap": swap,
-        "kept": "trained" if after < solved else "solved" if solved < before else "fit",
+        "kept": KEPT[solved < before, after < solved],
         "divergence_before": before,
         "divergence_solved": solved,
         "divergence": after,

@@ -53,14 +53,15 @@ def test_what_lies_far_out_counts_at_the_end():
     assert law.mass[0, 0] == law.mass[0, -1] == 1 and law.mass.sum() == 3
 
 
-@mark.parametrize("bad", [float("inf"), float("nan")])
+@mark.parametrize("bad", [float("inf"), float("nan"), 1e30])
 def test_what_is_not_finite_counts_for_nothing(bad):
     x, g = inputs(400), torch.ones(400, 3)
     law = met(Activation.from_fit(fit("silu", degree=4), original=SILU), x[2:])
     other = Law(law.act)
-    x[0, 0], g[1, 2] = bad, bad
-    x[0, 1:], g[1, :2] = 0, 0
-    g[0, 1:] = 0
+    x[0, 0], g[1, 2] = bad, bad  # the square of 1e30 is not finite in float32
+    g[0, 1:], g[1, :2] = 0, 0
+    if np.isfinite(bad):  # an input may be that far out
+        g[0, 0] = 0
     other.add(x, g)
     assert torch.equal(other.mass, law.mass)
 

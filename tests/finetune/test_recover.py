@@ -48,7 +48,7 @@ def test_convert_with_recover_writes_a_better_folder(text, tmp_path):
     assert taught.exit_code == 0, taught.output
     before, after = json.loads(done.stdout), json.loads(taught.stdout)
     found = after["recovery"]
-    assert found["steps"] == 12 and found["trained"] == 18 and found["swap"] is None and found["kept"] == "trained"
+    assert found["steps"] == 12 and found["trained"] == 18 and found["swap"] is None and found["kept"] == "both"
     assert found["divergence"] < found["divergence_solved"] < found["divergence_before"] / 4
     assert after["fidelity"]["kl"] < before["fidelity"]["kl"] / 4
     record = (tmp_path / "out" / "orthoact.json").read_text()
@@ -180,7 +180,7 @@ def test_a_start_that_is_no_better_is_taken_back(text, monkeypatch):
     convert_(source.model, degree=4)
     before = deepcopy(source.model.state_dict())
     found = recover(source, text, steps=0, batch_size=2)
-    assert found["divergence"] == found["divergence_solved"] == found["divergence_before"]
+    assert found["divergence"] == found["divergence_solved"] == found["divergence_before"] and found["kept"] == "fit"
     assert all(torch.equal(t, before[name]) for name, t in source.model.state_dict().items())
 
 
