@@ -27,6 +27,9 @@ MONOMIALS = 1000
 PIECES = 100_000
 """The most affine pieces that a max-plus polynomial may have before it is pruned, unless more are asked for."""
 
+THIN = 1e-10
+"""The share of the pieces' size below which what they span in a direction is rounding."""
+
 HULL = 6
 """The most dimensions in which pieces are pruned; a hull of many points in more takes minutes."""
 
@@ -36,8 +39,6 @@ DIGITS = 50
 IDLE = (nn.Identity, nn.Flatten, nn.Dropout)
 """Modules that pass their input on, in evaluation mode."""
 
-Layer = nn.Linear | Activation
-
 
 class PolynomialView(ABC):
     """A network as an explicit map; `inputs` numbers in, `outputs` numbers out.
@@ -45,12 +46,12 @@ class PolynomialView(ABC):
     Calling it evaluates the explicit map in float64, not the network. Shapes: (batch, inputs) to (batch, outputs).
     """
 
-    def __init__(self, model: nn.Module, layers: list[Layer]):
+    def __init__(self, model: nn.Module):
         self.network = deepcopy(model).cpu().double().eval()
-        linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
+        self.layers: list[Any] = [module for _, module in _leaves(self.network) if not isinstance(module, IDLE)]
+        linear = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
         self.inputs, self.outputs = linear[0].in_features, linear[-1].out_features
-        self.layers = layers
-        self.degree = prod(layer.degree for layer in layers if isinstance(layer, Activation))
+        self.degree = prod(layer.degree for layer in self.layers if isinstance(layer, Activation))
         """The product of the activations' degrees: a bound on the degree of the map."""
 
     @property
@@ -61,9 +62,16 @@ class PolynomialView(ABC):
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor: ...
 
+    def points(self, x: Tensor) -> Tensor:
+        """`x` as rows in float64, (batch, inputs); `OrthoactError` for another shape or no row."""
+        if x.ndim < 2 or not len(x) or x[0].numel() != self.inputs:
+            raise OrthoactError(f"points of shape {tuple(x.shape)}: expected (batch, {self.inputs}), one row at least")
+        return x.detach().cpu().double().flatten(1)
+
     @torch.no_grad()
     def difference(self, x: Tensor) -> float:
         """The largest |map - network| at the points `x`, both in float64, over the largest |network| or one."""
+        self.points(x)
         wanted = self.network(x.cpu().double())
         return float((self(x) - wanted).abs().max() / wanted.abs().max().clamp(min=1.0))
 
@@ -71,8 +79,8 @@ class PolynomialView(ABC):
 class HermiteMap(PolynomialView):
     """A network with Hermite activations: a polynomial in each output, expanded when it is first asked for."""
 
-    def __init__(self, model: nn.Module, layers: list[Layer], limit: int):
-        super().__init__(model, layers)
+    def __init__(self, model: nn.Module, limit: int):
+        super().__init__(model)
         self.limit = limit
         self._expanded: list[Any] = []
 
@@ -123,7 +131,7 @@ class HermiteMap(PolynomialView):
         return [Poly.from_dict(dict(value), *over.symbols, domain=field) for value in values]
 
     def __call__(self, x: Tensor) -> Tensor:
-        points = x.cpu().double().flatten(1)
+        points = self.points(x)
         columns = []
         for polynomial in self.polynomials:
             total = torch.zeros(len(points), dtype=torch.float64)
@@ -140,12 +148,12 @@ class TropicalMap(PolynomialView):
     the constant.
     """
 
-    def __init__(self, model: nn.Module, layers: list[Layer], limit: int):
-        super().__init__(model, layers)
+    def __init__(self, model: nn.Module, limit: int):
+        super().__init__(model)
         unit = np.eye(self.inputs + 1)
         nothing = np.zeros((1, self.inputs + 1))
         pairs: list[Pair] = [(unit[i : i + 1], nothing) for i in range(self.inputs)]
-        for place, layer in enumerate(layers):
+        for place, layer in enumerate(self.layers):
             algebra = MaxPlus(limit, f"layer {place} ({type(layer).__name__})")
             if isinstance(layer, nn.Linear):
                 weight, bias = _affine(layer)
@@ -161,7 +169,7 @@ class TropicalMap(PolynomialView):
         return [(len(p), len(q)) for p, q in self.pairs]
 
     def __call__(self, x: Tensor) -> Tensor:
-        points = np.column_stack([x.cpu().double().flatten(1).numpy(), np.ones(len(x))])
+        points = np.column_stack([self.points(x).numpy(), np.ones(len(x))])
         return torch.from_numpy(
             np.stack([(points @ p.T).max(axis=1) - (points @ q.T).max(axis=1) for p, q in self.pairs], axis=1)
         )
@@ -201,17 +209,27 @@ class MaxPlus:
         order = np.lexsort([-pieces[:, -1], *keys.T])
         first = np.append(True, (np.diff(keys[order], axis=0) != 0).any(axis=1))
         pieces = pieces[order[first]]
+        if len(pieces) < 3:
+            return pieces
         # the slopes often span less than the inputs do: as many dimensions as the first layer has rows
         slopes = pieces[:, :-1] - pieces[0, :-1]
         _, size, axes = np.linalg.svd(slopes, full_matrices=False)
-        flat = np.column_stack([slopes @ axes[size > 1e-10 * (size[0] or 1.0)].T, pieces[:, -1]])
+        flat, level = slopes @ axes[size > THIN * (size[0] or 1.0)].T, pieces[:, -1:]
+        bend = level - flat @ np.linalg.lstsq(flat, level - level[0], rcond=None)[0]
+        # in one plane, as without biases, each vertex of the slopes' hull is somewhere the largest
+        plane = np.ptp(bend) <= THIN * np.abs(pieces).max()
+        flat = flat if plane else np.column_stack([flat, level])
         dimensions = flat.shape[1]
+        if plane and dimensions == 1:
+            return pieces[[flat.argmin(), flat.argmax()]]
         if not dimensions + 1 < len(pieces) or not 1 < dimensions <= HULL:
             return pieces
         try:
             hull = ConvexHull(flat)
-        except QhullError:  # all in one plane
+        except QhullError:  # thin in a way that rounding hides
             return pieces
+        if plane:
+            return pieces[np.sort(hull.vertices)]
         upper = hull.simplices[hull.equations[:, dimensions - 1] > -1e-12]
         return pieces[np.unique(upper)]
 
@@ -287,7 +305,7 @@ def _numbers(act: Activation, width: int) -> Tensor:
     return a.repeat_interleave(width // act.groups, dim=0)
 
 
-KINDS: dict[str, Callable[[nn.Module, list[Layer], int], PolynomialView]] = {
+KINDS: dict[str, Callable[[nn.Module, int], PolynomialView]] = {
     "hermite": HermiteMap,
     "tropical": TropicalMap,
     "tropical-rational": TropicalMap,
@@ -320,7 +338,7 @@ def polynomial(model: nn.Module, *, limit: int | None = None) -> PolynomialView:
     >>> view.difference(torch.randn(10, 2)) < 1e-9
     True
     """
-    layers: list[Layer] = []
+    width = None
     kinds: dict[Any, str] = {}
     for name, module in _leaves(model):
         if isinstance(module, IDLE):
@@ -342,11 +360,16 @@ def polynomial(model: nn.Module, *, limit: int | None = None) -> PolynomialView:
             if module.bypass:
                 raise OrthoactError(f"{name} runs its original activation: leave `with original(model)` first")
             kinds[KINDS[family]] = family
-        layers.append(module)
-    if not any(isinstance(layer, nn.Linear) for layer in layers):
+            continue
+        if width not in (None, module.in_features):
+            raise OrthoactError(
+                f"{name} takes {module.in_features} inputs: expected {width}, what the layer before gives"
+            )
+        width = module.out_features
+    if width is None:
         raise OrthoactError("the model has no Linear layer: expected a multilayer perceptron")
     if len(kinds) > 1:
         raise OrthoactError(f"the model mixes {' and '.join(kinds.values())}: expected polynomials of one kind")
     kind = next(iter(kinds), HermiteMap)
     default = MONOMIALS if kind is HermiteMap else PIECES
-    return kind(model, layers, default if limit is None else limit)
+    return kind(model, default if limit is None else limit)

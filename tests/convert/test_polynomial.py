@@ -147,6 +147,39 @@ def test_pruning_keeps_the_function():
     assert len(kept) < 20
 
 
+@pytest.mark.parametrize("scale", [None, 0.0, 1e-13, 1e-9])
+@pytest.mark.parametrize("widths", [(3, 4, 4, 2), (2, 4, 3, 1), (1, 5, 3, 1)])
+@pytest.mark.parametrize("family", ["tropical", "tropical-rational"])
+def test_without_biases_all_pieces_lie_in_one_plane(family, widths, scale):
+    layers = []
+    for a, b in pairwise(widths):
+        layers += [nn.Linear(a, b, bias=scale is not None), nn.ReLU()]
+        if scale is not None:
+            nn.init.normal_(layers[-2].bias, std=scale)
+    net = nn.Sequential(*layers[:-1])
+    orthoact.convert_(net, family=family, degree=1, tails="none")
+    view = polynomial(net)
+    assert view.difference(10 * torch.randn(1000, widths[0])) < 1e-12
+    assert isinstance(view, TropicalMap) and max(map(sum, view.pieces)) < 100
+
+
+def test_the_map_is_that_of_the_moment():
+    net = mlp("hermite", 2, 2, 3, 1)
+    view, x = polynomial(net), torch.randn(50, 2)
+    before = net.double()(x.double()).detach()
+    net[0].weight.data.mul_(2)  # as training goes on
+    assert view.difference(x) < 1e-9 and torch.allclose(view(x), before)
+
+
+@pytest.mark.parametrize("x", [torch.zeros(0, 2), torch.zeros(3), torch.zeros(3, 3), torch.zeros(4, 2, 2)])
+@pytest.mark.parametrize("family", ["hermite", "tropical"])
+def test_points_of_another_shape(family, x):
+    view = polynomial(mlp(family, 2, 2, 3, 1))
+    for ask in (view, view.difference):
+        with pytest.raises(OrthoactError, match=r"points of shape .*expected \(batch, 2\)"):
+            ask(x)
+
+
 def test_too_many_pieces():
     with pytest.raises(OrthoactError, match=r"layer \d \(Linear\): a max-plus polynomial of [\d,]+ pieces.*at most 50"):
         polynomial(mlp("tropical", 3, 2, 8, 8, 1), limit=50)
@@ -169,6 +202,7 @@ def with_activation(act):
         (lambda: nn.Sequential(mlp("hermite", 2, 2, 4, 4), nn.LayerNorm(4)), "1 is a LayerNorm"),
         (lambda: nn.Bilinear(2, 2, 1), "the model is a Bilinear"),
         (lambda: nn.Sequential(nn.Identity()), "no Linear layer"),
+        (lambda: nn.Sequential(nn.Linear(2, 3), nn.Linear(4, 1)), "1 takes 4 inputs: expected 3"),
         (
             lambda: nn.Sequential(mlp("hermite", 2, 2, 4, 4), mlp("tropical", 2, 4, 4, 1)),
             "mixes hermite and tropical",
