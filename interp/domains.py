@@ -22,6 +22,9 @@ TAIL_WIDTH = 2.0
 CELLS = 30
 """Nodes of a law in one standard deviation."""
 
+SMALLEST, LARGEST = 1e-9, 1e9
+"""The standard deviations that a law may have."""
+
 
 class Law(ABC):
     """A law of a site's inputs: what `fit` weighs an error with."""
@@ -69,6 +72,12 @@ class Gaussian(Law):
     def __post_init__(self):
         if not (isfinite(self.mean) and isfinite(self.std) and self.std > 0):
             raise OrthoactError(f"--mean {self.mean} --std {self.std}: expected finite numbers and a positive std")
+        least = max(SMALLEST, 1e-6 * abs(self.mean))
+        if not least <= self.std <= LARGEST:
+            raise OrthoactError(
+                f"--mean {self.mean:g} --std {self.std:g}: expected a std from {least:g}, below which float32 does not "
+                f"tell such inputs apart, to {LARGEST:g}"
+            )
         if not 0 <= self.tail <= 1:
             raise OrthoactError(f"tail {self.tail}: expected a share between 0 and 1")
 
@@ -132,11 +141,14 @@ class Uniform(Law):
 FINEST = 0.01
 """The |x| up to which bins of a measured law are of one width; beyond, they grow with |x|."""
 
-BINS = 2400
-"""Bins of a measured law: to |x| = 1,000, each beside zero 1e-4 wide, at |x| = 1 a hundredth."""
+BINS = 3760
+"""Bins of a measured law: to |x| = 1e6, each beside zero 1e-4 wide, at |x| = 1 a hundredth."""
 
-FAR = 1000.0
+FAR = 1e6
 """The |x| from which inputs are only counted."""
+
+MISSED = 0.01
+"""The share of inputs that may only be counted."""
 
 SMOOTHING = 0.1
 """Width of the Gaussian that smooths a measured law, in its standard deviations."""
@@ -165,7 +177,7 @@ class Measured(Law):
 
     def __init__(self):
         self.counts = np.zeros(BINS + 2)
-        """Inputs in each bin; the first and the last hold those beyond -1,000 and 1,000."""
+        """Inputs in each bin; the first and the last hold those beyond -1e6 and 1e6."""
         self.squares = np.zeros(BINS + 2)
         """Sum of squared gradients in each bin; zero where none were collected."""
         self.count = 0
@@ -219,8 +231,11 @@ class Measured(Law):
                 f"a measured law: expected inputs that vary, all {self.count} are {self._mean:g}; give more data, or "
                 f"exclude the site"
             )
-        if not self.counts[1:-1].any():
-            raise OrthoactError(f"a measured law: all {self.count} inputs are beyond {FAR:g}; exclude the site")
+        outside = self.counts[[0, -1]].sum() / self.count
+        if outside > MISSED:
+            raise OrthoactError(
+                f"a measured law: {100 * outside:.3g} % of {self.count} inputs are beyond {FAR:g}; exclude the site"
+            )
 
     def share_outside(self, lo: float, hi: float) -> float:
         """Share of the inputs below `lo` or above `hi`, to the width of a bin."""
@@ -291,7 +306,7 @@ def _tally(bins: Tensor, weights: Tensor | None = None) -> np.ndarray:
 
 @lru_cache
 def _edges() -> np.ndarray:
-    """Borders of the bins between -1,000 and 1,000."""
+    """Borders of the bins between -1e6 and 1e6."""
     return FINEST * np.sinh(np.linspace(-1, 1, BINS + 1) * asinh(FAR / FINEST))
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from .domains import Gaussian, Law
 from .errors import OrthoactError
 from .families import get_family
-from .family import TAILS, Family, Linear, Piecewise, Separable
+from .family import TAILS, Linear, Piecewise, Separable
 from .joints import Series, search_joints
 from .kinks import search_kinks
 from .problem import Problem, Side
@@ -31,6 +31,9 @@ from .targets import Target, get_target
 
 POOR = 0.05
 """The error, as a share of the target's root mean square, from which the reason of a fit says so."""
+
+LOST = 1e-5
+"""The share of the target that rounding the numbers to float32 may add to an error before it is counted."""
 
 DERIVATIVE_WEIGHT = 0.01
 """The default lambda: what the copy itself does not need helps learning later, and a little does not hurt the copy."""
@@ -67,7 +70,18 @@ class Copy:
 
     def __call__(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Values and slopes of the copy at `x`, in float64: the reference that the module is tested against."""
-        return _copy(get_family(self.family), self, np.asarray(x, dtype=np.float64))
+        x = np.asarray(x, dtype=np.float64)
+        value, slope = self.series(np.clip(x, self.lo, self.hi))
+        if self.tails == "none":
+            return value, slope
+        ends = self.series(np.array([self.lo, self.hi]))[1] + np.array(self.jumps)
+        value = value + ends[0] * np.minimum(x - self.lo, 0) + ends[1] * np.maximum(x - self.hi, 0)
+        return value, np.where(x < self.lo, ends[0], np.where(x > self.hi, ends[1], slope))
+
+    def series(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values and slopes of the core at `x`, in float64."""
+        value, slope = get_family(self.family).curve(list(self.coefficients))((x - self.location) / self.scale)
+        return value, slope / self.scale
 
 
 @dataclass(frozen=True)
@@ -79,7 +93,8 @@ class Fit(Copy):
     slope_rms: float
     """Root mean square of F' - f' under the law."""
     share: float
-    """`value_rms` as a share of the target's own root mean square under the law."""
+    """`value_rms` as a share of the target's own root mean square under the law, or of twenty of its standard
+    deviations where these are less."""
     value_max: float
     """Largest |F - f| on [-20, 20] and mean +- 9 std; without tails on mean +- 4 std."""
     slope_max: float
@@ -102,7 +117,7 @@ class Fit(Copy):
 
     @property
     def poor(self) -> bool:
-        """Whether the copy is one in name only: its error is more than `POOR` of the target."""
+        """Whether the copy is one in name only: `share` is more than `POOR`."""
         return self.share > POOR
 
     def to_dict(self) -> dict:
@@ -138,8 +153,9 @@ def fit(
     check_options(family, degree, tails, derivative_weight)
     problem = Problem(get_target(target), get_family(family), degree, domain or Gaussian(), tails, derivative_weight)
     try:
-        found = _solve(problem)
-    except np.linalg.LinAlgError as error:
+        with np.errstate(all="ignore"):  # what is not finite loses the search
+            found = _solve(problem)
+    except (ArithmeticError, IndexError, ValueError, np.linalg.LinAlgError) as error:
         law = problem.domain
         raise OrthoactError(
             f"no {family} copy of {problem.target.name} was found for inputs of mean {law.mean:g} and std {law.std:g}: "
@@ -249,7 +265,8 @@ def _solve(p: Problem) -> Fit:
         reason=reason,
         seconds=0.0,
     )
-    return measured(p, result, *result(p.points()))
+    found, rounded = (measured(p, copy, *copy(p.points())) for copy in (result, kept(result)))
+    return found if rounded.share < 2 * found.share + LOST else rounded
 
 
 def _least_squares(
@@ -301,6 +318,8 @@ def _least_squares(
     # the triangle has the singular values of the whole system
     size = free.shape[1]
     triangle = np.array(np.linalg.qr(np.column_stack([system @ free, wanted - system @ particular]), mode="r"))[:size]
+    if not np.isfinite(triangle).all():
+        raise np.linalg.LinAlgError
     solution, _, _, singular = np.linalg.lstsq(triangle[:, :size], triangle[:, size], rcond=None)
     numbers = particular + free @ solution
     condition = float(singular[0] / singular[-1]) if len(singular) and singular[-1] > 0 else 1.0
@@ -312,12 +331,13 @@ def measured(p: Problem, result: Fit, value: np.ndarray, slope: np.ndarray) -> F
     n = len(p.x)
     error, slope_error = value[..., :n] - p.f, np.where(p.smooth(p.x), slope[..., :n] - p.d, 0.0)
     sup, slope_sup = np.abs(value[..., n:] - p.far[1]).max(), np.abs(slope[..., n:] - p.far[2]).max()
-    if p.tails == "linear":
-        sup, slope_sup = max(sup, np.abs(error).max()), max(slope_sup, np.abs(slope_error).max())
+    first, last = (-inf, inf) if p.tails == "linear" else p.four_deviations()
+    near = (p.x >= first) & (p.x <= last)
+    sup, slope_sup = max(sup, np.abs(error[..., near]).max()), max(slope_sup, np.abs(slope_error[..., near]).max())
     square, slope_square = (float(np.mean(part**2 @ p.w)) for part in (error, slope_error))
-    share, reason = (square / max(float(p.w @ p.f**2), 1e-300)) ** 0.5, result.reason
+    share, reason = square**0.5 / p.size, result.reason
     if share > POOR:
-        reason += f"; a poor copy: its error is {100 * share:.0f} % of the target, try another degree or family"
+        reason += f"; a poor copy: its error is {percent(share)} of the target, try another degree or family"
     return replace(
         result,
         reason=reason,
@@ -330,17 +350,21 @@ def measured(p: Problem, result: Fit, value: np.ndarray, slope: np.ndarray) -> F
     )
 
 
-def _copy(family: Family, fit: Copy, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    curve = family.curve(list(fit.coefficients))
+def kept(copy: Fit) -> Fit:
+    """The copy as the module keeps it: its numbers in float32, the slopes of its tails as they were."""
+    numbers = tuple(np.float32(copy.coefficients).astype(float).tolist())
+    rounded = replace(copy, coefficients=numbers, reason=f"{copy.reason}; rounded, for they are large")
+    if copy.tails == "none":
+        return rounded
+    ends = np.array([copy.lo, copy.hi])
+    turned = copy.series(ends)[1] - rounded.series(ends)[1]
+    return replace(rounded, jumps=(copy.jumps[0] + float(turned[0]), copy.jumps[1] + float(turned[1])))
 
-    def series(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        value, slope = curve((at - fit.location) / fit.scale)
-        return value, slope / fit.scale
 
-    clipped = np.clip(x, fit.lo, fit.hi)
-    value, slope = series(clipped)
-    if fit.tails == "none":
-        return value, slope
-    ends = series(np.array([fit.lo, fit.hi]))[1] + np.array(fit.jumps)
-    value = value + ends[0] * np.minimum(x - fit.lo, 0) + ends[1] * np.maximum(x - fit.hi, 0)
-    return value, np.where(x < fit.lo, ends[0], np.where(x > fit.hi, ends[1], slope))
+def percent(share: float) -> str:
+    """A share in words.
+
+    >>> percent(0.163), percent(1e9)
+    ('16 %', 'more than 1,000 %')
+    """
+    return f"{100 * share:.0f} %" if share <= 10 else "more than 1,000 %"

@@ -14,10 +14,19 @@ from scipy.optimize import minimize
 
 from .errors import OrthoactError
 from .family import Piecewise
-from .problem import MOST, UNSEEN, Problem
+from .problem import MOST, Problem
 
 REFINE = 8
 """Cells of the tables in one cell of the law's nodes."""
+
+EPSILON = 2e-16
+"""What rounding leaves of a sum, as a share of its terms."""
+
+SEEN = 4.0
+"""The least standard deviation of a law in cells."""
+
+ELSEWHERE = 1e-9
+"""The weight of everything between the ends beside the law's: where no input lies the copy follows the target too."""
 
 
 class Tables:
@@ -29,17 +38,25 @@ class Tables:
         count = round(min(length / p.step * REFINE, MOST))
         step = length / count
         x = p.ends[0] + step * (np.arange(count) + 0.5)
-        w = np.interp(x, p.x, p.law, 0.0, 0.0)
-        w += UNSEEN * w.sum() / count
-        f, d = p.target(x)
+        wider = max(SEEN * step / self.std, 1.0)  # a law between two cells is seen by some
+        w = np.interp(self.mean + (x - self.mean) / wider, p.x, p.law, 0.0, 0.0)
+        w = w / w.sum() + ELSEWHERE / count
+        f, d = p.ask(x)
         w, t, d = w / w.sum(), (x - self.mean) / self.std, d * self.std
+        # without the line that is best under the law, which far from all bends is nearly all of the target
+        tilt = float(w @ ((t - w @ t) * f) / (w @ (t - w @ t) ** 2))
+        self.line = float(w @ (f - tilt * t)), tilt
+        f, d = f - self.line[0] - tilt * t, d - tilt
         self.t, self.w, self.f, self.d, self.step = t, w, f, d, step / self.std
         self.edges = np.append(t - self.step / 2, t[-1] + self.step / 2)
         columns = np.stack([w, w * t, w * t * t, w * f, w * t * f, w * d])
         self.tails = np.concatenate([columns[:, ::-1].cumsum(axis=1)[:, ::-1], np.zeros((6, 1))], axis=1)
         self.square = float(w @ f**2 + self.weight * (w @ d**2))
         lines = (p.target.left, p.target.right) if p.tails == "linear" else (None, None)
-        self.lines = [None if line is None else (line[0] * self.std, line[1] + line[0] * self.mean) for line in lines]
+        self.lines = [
+            None if line is None else (line[0] * self.std - tilt, line[1] + line[0] * self.mean - self.line[0])
+            for line in lines
+        ]
 
     def at(self, kinks: np.ndarray) -> np.ndarray:
         """The six integrals from each kink to infinity."""
@@ -72,7 +89,9 @@ class Tables:
         except np.linalg.LinAlgError:
             found = np.linalg.lstsq(system, np.r_[right, wanted], rcond=1e-13)[0]
         u, mu = found[: n + 2], found[n + 2 :]
-        value = max(float(u @ gram @ u - 2 * right @ u) + self.square, 0.0)
+        # known to rounding: a wild copy far from the law pays for it
+        noise = EPSILON * float(np.abs(u) @ np.abs(gram) @ np.abs(u))
+        value = max(float(u @ gram @ u - 2 * right @ u) + self.square, noise)
         a, b, c = u[0], u[1], u[2:]
         inside = a * m0 + b * m1 + (m1[later] - kinks * m0[later]) @ c - wf  # integral of F - f from each kink
         cell = np.clip(((kinks - self.edges[0]) / self.step).astype(int), 0, len(self.t) - 1)
@@ -125,18 +144,19 @@ def search_kinks(p: Problem) -> tuple[list[float], float, float, float, float, s
     family, tables = p.family, Tables(p)
     assert isinstance(family, Piecewise)
     left, right = tables.lines
-    reason = "kinks minimise J; the outer pieces are the asymptotes"
+    reason = "kinks minimise J" + ("; the outer pieces are the asymptotes" if p.tails == "linear" else ", no tails")
     if left is not None and right is not None:
         turn, shift = right[0] - left[0], right[1] - left[1]
         if family.convex and (turn < 0 or (turn == 0 and shift != 0)):
+            slopes = " to ".join(f"{line[0]:g}" for line in (p.target.left, p.target.right) if line)
             raise OrthoactError(
                 f"a {family.name} copy is convex and cannot have the asymptotes of {p.target.name}, whose slope goes "
-                f"from {left[0] / tables.std:g} to {right[0] / tables.std:g}: choose tropical-rational"
+                f"from {slopes}: choose tropical-rational"
             )
         if p.degree == 1 and turn == 0 and shift != 0:
             raise p.cannot_meet()
-    value, kinks, u = best_kinks(p, tables, p.degree)
-    if value < 1e-12 * (1 + tables.square):
+    _, kinks, u = best_kinks(p, tables, p.degree)
+    if p.straight and len(p.target.kinks) <= p.degree and convex(p, u):
         reason = "exact: the target is piecewise straight"
     elif family.convex and len(kinks) < p.degree:
         reason = f"the best convex copy has {len(kinks)} of the kinks: the target is not convex"
@@ -144,6 +164,7 @@ def search_kinks(p: Problem) -> tuple[list[float], float, float, float, float, s
     location, scale = float(np.float32(tables.mean)), float(np.float32(tables.std))
     z = (tables.mean + tables.std * kinks - location) / scale
     unit = scale / tables.std  # rounding alone
+    u[:2] += tables.line
     level = u[0] + u[1] * (location - tables.mean) / tables.std
     numbers = family.from_kinks((u[1] * unit, level), z, jumps * unit)
     if p.tails == "none":
@@ -164,7 +185,7 @@ def best_kinks(p: Problem, tables: Tables, n: int) -> tuple[float, np.ndarray, n
         exact = np.sort(own[: len(p.target.kinks)])
         value, u, _ = tables.solve(exact)
         candidates.append((value, exact, u))
-        if value < 1e-12 * (1 + tables.square) and convex(p, u):
+        if p.straight and convex(p, u):
             return candidates[0]
     if n == 1 and left is not None and right is not None:
         only = own[-1:] if right[0] != left[0] else np.zeros(1)

@@ -10,7 +10,7 @@ import numpy as np
 
 from .domains import Law
 from .errors import OrthoactError
-from .family import Family
+from .family import Family, Linear
 from .targets import Line, Target
 
 FINER = 4
@@ -30,6 +30,10 @@ APART, NEAR = 1.2e-2, 2e-3
 
 PANELS = 16
 """Parts of a core that are looked at one by one, at most."""
+
+LOUD = 20
+"""Standard deviations of a target that an error is a share of where that is less than its root mean square: an error
+beyond one of them is more than `fit.POOR` of it."""
 
 UNSEEN = 1e-14
 """The weight of the whole core beside the law's: where no input lies the copy follows the target all the same."""
@@ -63,7 +67,7 @@ class Problem:
         far = far[self.smooth(far)]
         # a bare polynomial of degree n has its mass out to 2 sqrt(n) standard deviations
         x, w = domain.nodes(14.0) if tails == "none" else domain.nodes()
-        values, slopes = target(np.concatenate([x, far]))
+        values, slopes = self.ask(np.concatenate([x, far]))
         self.far = (far, values[len(x) :], slopes[len(x) :])
         self.parts = self.needed(x)
         """Nodes for one of the law."""
@@ -71,9 +75,14 @@ class Problem:
             inside = (np.arange(self.parts) + 0.5) / self.parts - 0.5
             x = (x[:, None] + (x[1] - x[0]) * inside).ravel()
             w = np.repeat(w / self.parts, self.parts)
-            values, slopes = target(x)
+            values, slopes = self.ask(x)
         self.law, self.x, self.w = w, x, np.where(self.smooth(x), w, 0.0)
         self.f, self.d = values[: len(x)], slopes[: len(x)]
+        level = self.w @ self.f
+        spread = float(self.w @ (self.f - level) ** 2) ** 0.5
+        rounding = 1e-6 * domain.std * max(np.abs(self.far[2]).max(), np.abs(self.d).max())
+        self.size = max(min(float(self.w @ self.f**2) ** 0.5, LOUD * spread), rounding, 1e-300)
+        """What an error is a share of."""
         self.step = x[1] - x[0]
         self.cells = np.append(x - self.step / 2, x[-1] + self.step / 2)
         self.ends = self.reach()
@@ -84,13 +93,25 @@ class Problem:
         wider it is taken for where these are too few."""
         self.sums: dict[tuple[int, Line], np.ndarray] = {}
 
+    def ask(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values and slopes of the target; `OrthoactError` where they are not finite."""
+        values, slopes = self.target(x)
+        if not (np.isfinite(values).all() and np.isfinite(slopes).all()):
+            where = x[~(np.isfinite(values) & np.isfinite(slopes))]
+            raise OrthoactError(
+                f"target {self.target.name!r} is not finite at x = {where[np.abs(where).argmin()]:g}: give a function "
+                f"that is, or inputs where it is"
+            )
+        return values, slopes
+
     def points(self) -> np.ndarray:
         """Where a copy is measured: at the nodes of the law, and from there far out."""
         return np.concatenate([self.x, self.far[0]])
 
     def smooth(self, x: np.ndarray) -> np.ndarray:
         """Where x is no kink: the slope there is a convention of autograd."""
-        return np.all([np.abs(x - kink) > 1e-9 for kink in self.target.kinks] or [np.isfinite(x)], axis=0)
+        beside = 1e-9 * min(self.domain.std, 1.0)
+        return np.all([np.abs(x - kink) > beside for kink in self.target.kinks] or [np.isfinite(x)], axis=0)
 
     def needed(self, x: np.ndarray) -> int:
         """The nodes that one of the law's is to be, for what the target does to be seen where it does it."""
@@ -99,10 +120,13 @@ class Problem:
         bend = np.abs(np.diff(slopes))
         bend[np.isin(np.arange(1, len(far)), np.searchsorted(far, kinks))] = 0
         details = list(np.diff(kinks))
+        self.straight = bend.sum() < 1e-12
+        """Whether the target bends at its kinks alone."""
         if bend.sum():
             middle, share = (far[1:] + far[:-1]) / 2, bend / bend.sum()
             details.append(np.sqrt(share @ (middle - share @ middle) ** 2) or far[1] - far[0])
-        if self.tails == "none" or not details:  # a bare series cannot follow it either
+        bare = self.tails == "none" and isinstance(self.family, Linear)  # cannot follow it either
+        if bare or not details:
             return 1
         return int(min(np.ceil((x[1] - x[0]) * DETAIL / min(details)), max(MOST // len(x), 1)))
 

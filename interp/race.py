@@ -281,7 +281,7 @@ class Race:
         diagonal = matrix.reshape(len(gram), -1)[:, :: total + 1]
         diagonal[:, :linear] += (self.rounding * share) ** 2
         diagonal[:, linear:] = -1 / self.equality**2
-        found = np.linalg.solve(matrix, np.concatenate([right, asked], axis=1))
+        found = _solved(matrix, np.concatenate([right, asked], axis=1))
         return matrix, found[:, :linear], found[:, linear:]
 
     def sample(self, frame: np.ndarray, alpha: np.ndarray) -> Sample:
@@ -364,7 +364,7 @@ class Race:
                 turned[..., k] = -by[0][:, i] * s.forces[:, i, None] - by[1][:, i] * s.forces[:, row, None]
         system = s.system.swapaxes(1, 2)
         right = system @ moved - turned / s.share[..., None]
-        found = np.linalg.solve(s.matrix, np.concatenate([right, asked], axis=1))
+        found = _solved(s.matrix, np.concatenate([right, asked], axis=1))
         found = found.swapaxes(1, 2)
         inside = found[..., :linear] @ system - moved.swapaxes(1, 2)
         return np.concatenate(

@@ -64,11 +64,12 @@ def test_memory_does_not_grow():
 
 
 def test_outliers_are_counted():
-    law = measured(torch.cat([normal(998), torch.tensor([5000.0, -2000.0])]))
+    law = measured(torch.cat([normal(998), torch.tensor([5e6, -2e6])]))
     record = law.to_dict()
     assert record["below"] == record["above"] == 1e-3 and record["count"] == 1000
     assert law.counts.sum() == 1000
     assert law.share_outside(-1500, 1500) == pytest.approx(0.002)
+    assert law.nodes()[1].sum() == pytest.approx(1.0)
     assert measured(normal()).share_outside(-1, 1) == pytest.approx(0.317, abs=0.01)
 
 
@@ -145,8 +146,21 @@ def test_inputs_that_do_not_vary(value):
 
 
 def test_inputs_beyond_the_histogram():
-    with pytest.raises(OrthoactError, match="all 100 inputs are beyond 1000"):
-        measured(5000 + normal(100)).nodes()
+    with pytest.raises(OrthoactError, match=r"100 % of 100 inputs are beyond 1e\+06; exclude"):
+        measured(5e6 + 100 * normal(100)).nodes()
+    with pytest.raises(OrthoactError, match=r"a measured law: 2 % of 100 inputs are beyond"):
+        measured(torch.cat([normal(98), torch.tensor([5e6, -2e6])])).nodes()
+
+
+def test_large_inputs_are_no_outliers():
+    """They count in every figure: nothing beyond 1,000 is dropped."""
+    law = measured(torch.cat([normal(600), 3000 * normal(400).abs()]))
+    copy = fit("relu2", degree=8, domain=law)
+    x = torch.linspace(0, 9000, 20001, dtype=torch.float64).numpy()
+    x_law, w = law.nodes()
+    assert x_law[-1] > 9000 and w[x_law > 1000].sum() > 0.2
+    error = (copy(x)[0] - get_target("relu2")(x)[0]) ** 2
+    assert copy.value_rms > 0.1 * np.sqrt(error.mean())
 
 
 @pytest.mark.parametrize(("low", "high"), [(1, 1), (2, -2), (0, float("inf")), (float("nan"), 1)])
