@@ -184,6 +184,7 @@ def _refuse_left(left) -> None:
 def _warn_of_poor(made, strict: bool) -> None:
     """Say which sites get a copy in name only; `--strict` refuses them."""
     from .interp.errors import OrthoactError
+    from .interp.fit import percent
 
     poor = [(site.name, fit) for site, fit in zip(made.sites, made.fits, strict=True) if fit.poor]
     if not poor:
@@ -191,7 +192,7 @@ def _warn_of_poor(made, strict: bool) -> None:
     name, worst = max(poor, key=lambda pair: pair[1].share)
     text = (
         f"{len(poor)} of {len(made.sites)} sites get a poor copy: {worst.family} {worst.degree} misses {worst.target} "
-        f"by {100 * worst.share:.0f} % at {name}; take a higher --degree or another --family"
+        f"by {percent(worst.share)} at {name}; take another --family or a higher --degree"
     )
     if strict:
         raise OrthoactError(f"--strict: {text}")

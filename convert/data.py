@@ -15,6 +15,7 @@ from .audit import probe_batch
 from .sources import DEMO, Source, demo_folder
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+TEXTS = (".txt", ".md", ".text")
 
 
 @dataclass
@@ -94,7 +95,7 @@ def _read(source: Source, path: Path, name: str, limit: int | None, size: int, s
 
 def _texts(path: Path) -> tuple[list[str], list[int] | None]:
     """The texts of a file (its lines, with their ends) or of a data set, and their labels if there are any."""
-    if path.is_file() and path.suffix in (".txt", ".md", ".text"):
+    if path.is_file() and path.suffix in TEXTS:
         text = path.read_text(encoding="utf-8", errors="replace")
         if not text.strip():
             raise OrthoactError(f"--data {path}: the file is empty")
@@ -130,7 +131,7 @@ def tokenizer_of(source: Source) -> Any:
 def existing(data: str | Path, flag: str) -> Path:
     """The path of the data; `OrthoactError`, which calls it `flag`, where there is nothing."""
     path = Path(data).expanduser()
-    if not path.exists():
+    if not str(data) or not path.exists():
         raise OrthoactError(f"{flag} {data}: there is no such file or folder")
     return path
 
@@ -140,7 +141,8 @@ def _windows(model: Any, tokenizer: Any, text: str, limit: int | None, size: int
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     ids = ids[:limit]
     if len(ids) < 2:
-        raise OrthoactError(f"--data: expected at least two tokens, the text has {len(ids)}")
+        what = "the text has" if limit is None or limit > 1 else "--limit leaves"
+        raise OrthoactError(f"--data: expected at least two tokens, {what} {len(ids)}")
     context = getattr(model.config, "max_position_embeddings", None) or 1024
     length = min(context, 1024)
     whole = len(ids) // length * length
@@ -186,6 +188,8 @@ def _sentences(model: Any, tokenizer: Any, texts, labels, limit, size, seed) -> 
 
 
 def _images(source: Source, path: Path, limit: int | None, size: int) -> list[dict[str, Tensor]]:
+    if path.is_file() and path.suffix in TEXTS:
+        raise OrthoactError(f"--data {path}: a text, and this model takes images; give a folder of them or a data set")
     rows = _dataset(path)
     columns = [name for name, feature in rows.features.items() if type(feature).__name__ == "Image"]
     if not columns:
@@ -198,7 +202,10 @@ def _images(source: Source, path: Path, limit: int | None, size: int) -> list[di
     )
     out = []
     for start in range(0, len(rows), size):
-        part = rows[start : start + size]
+        try:
+            part = rows[start : start + size]
+        except (OSError, ValueError) as error:  # decoded now
+            raise OrthoactError(f"--data {path}: {error}; repair that image or take it out") from error
         batch = {name: torch.stack([transform(image.convert("RGB")) for image in part[columns[0]]])}
         if classes is not None and classes == known:
             batch["labels"] = torch.tensor(part["label"])

@@ -24,7 +24,7 @@ WITH_PARAMETERS = {
     nn.ELU: lambda m: f"elu({float(m.alpha)!r})",
     nn.CELU: lambda m: f"celu({float(m.alpha)!r})",
     nn.Hardtanh: lambda m: f"hardtanh({float(m.min_val)!r}, {float(m.max_val)!r})",
-    nn.Softplus: lambda m: f"softplus({float(m.beta)!r})",
+    nn.Softplus: lambda m: f"softplus({float(m.beta)!r}{f', {float(m.threshold)!r}' if m.threshold < 15 else ''})",
     nn.Softshrink: lambda m: f"softshrink({float(m.lambd)!r})",
     nn.Hardshrink: lambda m: f"hardshrink({float(m.lambd)!r})",
     nn.Threshold: lambda m: f"threshold({float(m.threshold)!r}, {float(m.value)!r})",
@@ -155,8 +155,10 @@ def recognise(name: str, module: nn.Module) -> Site | None:
             return Site(name, get_target(WITH_PARAMETERS[type(module)](module)), kind)
     if type(module).__name__ in ("Dropout", "Identity", "DropPath", "Flatten", "Softmax"):
         return None  # only to save their probes
-    target = _probe(module)
-    return None if target is None else Site(name, target, kind)
+    found = _probe(module)
+    if isinstance(found, str):
+        return Site(name, Target(kind, module), kind, left=found)
+    return None if found is None else Site(name, found, kind)
 
 
 @lru_cache
@@ -167,19 +169,21 @@ def _grid() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return grid, {name: get_target(name).function(grid) for name in TARGETS}
 
 
-def _probe(module: nn.Module) -> Target | None:
-    """What a leaf without parameters computes, if it is an elementwise function that is not linear."""
+def _probe(module: nn.Module) -> Target | str | None:
+    """What a leaf without parameters computes, if it is an elementwise function that is not linear; or why no copy of
+    that can be made.
+    """
     key = _settings(module)
     if key in _probed:
         return _probed[key]
     with torch.device("cpu"):  # also while a model is built on the meta device
-        target = _recognise_values(module)
-    if key is not None and (target is None or target.name in TARGETS):
-        _probed[key] = target
-    return target
+        found = _recognise_values(module)
+    if key is not None and (not isinstance(found, Target) or found.name in TARGETS):
+        _probed[key] = found
+    return found
 
 
-_probed: dict[tuple, Target | None] = {}
+_probed: dict[tuple, Target | str | None] = {}
 """What leaves of a library's class with these settings compute: a deep model has hundreds that are alike."""
 
 
@@ -196,7 +200,7 @@ def _settings(module: nn.Module) -> tuple | None:
     return (type(module), *sorted(kept.items())) if plain and library else None
 
 
-def _recognise_values(module: nn.Module) -> Target | None:
+def _recognise_values(module: nn.Module) -> Target | str | None:
     grid, known = _grid()
     training = module.training
     module.eval()
@@ -224,8 +228,8 @@ def _recognise_values(module: nn.Module) -> Target | None:
         return None
     try:
         return replace(get_target(module), name=type(module).__name__)
-    except OrthoactError:
-        return None
+    except OrthoactError as error:
+        return str(error)
 
 
 def _is_affine(x: torch.Tensor, y: torch.Tensor) -> bool:

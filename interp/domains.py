@@ -188,6 +188,8 @@ class Measured(Law):
 
     def add(self, x: Tensor) -> Tensor:
         """Count the inputs in `x`, of any shape; returns the bin of each, in that shape. NaN or infinity: an error."""
+        if not x.numel():
+            return x.short()
         # the variance tells of NaN and infinity too; merged by Chan's formula, which is exact in pieces
         spread, centre = (float(v) for v in torch.var_mean(x.detach().double(), correction=0))
         if not isfinite(spread):

@@ -209,7 +209,7 @@ class Problem:
         """Value and slope that the core shall have at a joint."""
         if side.line is not None:
             return side.line[0] * joint + side.line[1], side.line[0]
-        value, slope = self.target(np.array([joint]))
+        value, slope = self.ask(np.array([joint]))
         return float(value[0]), float(slope[0])
 
     def meet(self, i: int, side: Side, joint: np.ndarray, value: np.ndarray, slope: np.ndarray) -> tuple:
@@ -252,7 +252,7 @@ class Problem:
         count = np.ceil((end - begin) * (FINER / self.step)).astype(int)
         count = np.minimum(np.maximum(count, FINER), FINER * len(self.x))
         h = (end - begin) / count
-        f, d = self.target(np.concatenate([a + s * np.arange(n + 1) for a, s, n in zip(begin, h, count, strict=True)]))
+        f, d = self.ask(np.concatenate([a + s * np.arange(n + 1) for a, s, n in zip(begin, h, count, strict=True)]))
         ends = np.cumsum(count + 1)[:-1]
         cubics = []
         for value, slope, unit in zip(np.split(f, ends), np.split(d, ends), h, strict=True):

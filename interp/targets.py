@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from math import pi, sqrt
+from math import floor, log10, pi, sqrt
 
 import numpy as np
 import torch
@@ -50,12 +50,20 @@ class Target:
         """Values and first derivatives at `x`, in float64."""
         with torch.inference_mode(False), torch.enable_grad():
             points = torch.tensor(np.asarray(x, dtype=np.float64), requires_grad=True)
-            values = self.function(points)
+            values = self.function(points.clone())  # which may be overwritten
             if values.requires_grad:
                 (slopes,) = torch.autograd.grad(values.sum(), points)
             else:
                 slopes = torch.zeros_like(points)
-        return values.detach().double().numpy(), slopes.double().numpy()
+            values, slopes = values.detach().double(), slopes.double()
+            lost = ~slopes.isfinite()
+            if (
+                values.shape == points.shape and lost.any()
+            ):  # inf / inf within the chain rule, as of x / (1 + exp(-x)) far out
+                beside = (1e-6 * (1 + points.detach().abs())).where(lost, 0)
+                rise = self.function(points.detach() + beside) - self.function(points.detach() - beside)
+                slopes[lost] = (rise.double() / (2 * beside))[lost]
+        return values.numpy(), slopes.numpy()
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -99,6 +107,8 @@ def _selu(name: str) -> Target:
 
 
 def _hardtanh(name: str, low: float = -1.0, high: float = 1.0) -> Target:
+    if not low < high:
+        raise OrthoactError(f"target {name!r}: expected two numbers in order, as in hardtanh(-2, 2)")
     return Target(name, lambda x: x.clamp(low, high), (0.0, low), (0.0, high), (low, high))
 
 
@@ -126,8 +136,12 @@ def _xielu(name: str, alpha_p: float = 0.8, alpha_n: float = 0.8, beta: float = 
     return Target(name, function, (beta - alpha_n, -alpha_n), None, (0.0,))
 
 
-def _softplus_target(name: str, beta: float = 1.0) -> Target:
-    return Target(name, _softplus(beta))
+def _softplus_target(name: str, beta: float = 1.0, threshold: float = 20.0) -> Target:
+    """Torch's goes over to the identity at beta x = threshold, which shows below 15."""
+    smooth, jump = _softplus(beta), threshold / beta
+    if threshold >= 15:
+        return Target(name, smooth)
+    return Target(name, lambda x: torch.where(x > jump, x, smooth(x)), kinks=(jump,))
 
 
 TARGETS: dict[str, Callable[..., Target]] = {
@@ -213,7 +227,7 @@ def _from_name(target: str) -> Target:
         if not np.isfinite(np.array(made(np.linspace(-30, 30, 61)))).all():
             raise ValueError
         return made
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         raise OrthoactError(f"target {target!r}: expected numbers as its parameters, as in leaky_relu(0.2)") from error
 
 
@@ -227,13 +241,11 @@ def _from_callable(function: Callable[[Tensor], Tensor]) -> Target:
         again, part = target(grid[::-1].copy())[0], target(grid[::4])[0]
     except Exception as error:  # whatever a stranger's function raises
         raise OrthoactError(f"target {name!r} could not be evaluated on a float64 vector: {error}") from error
-    if values.shape == grid.shape and not (np.isfinite(values).all() and np.isfinite(slopes).all()):
-        raise OrthoactError(f"target {name!r} is not finite on [-1000, 1000]: give a function that is")
     if (
         values.shape != grid.shape
         or part.shape != grid[::4].shape
-        or not np.allclose(again[::-1], values, rtol=1e-9, atol=1e-9)
-        or not np.allclose(part, values[::4], rtol=1e-9, atol=1e-9)
+        or not np.allclose(again[::-1], values, rtol=1e-9, atol=1e-9, equal_nan=True)
+        or not np.allclose(part, values[::4], rtol=1e-9, atol=1e-9, equal_nan=True)
     ):
         raise OrthoactError(
             f"target {name!r} is not elementwise: expected one output for each input, the same each time"
@@ -242,13 +254,18 @@ def _from_callable(function: Callable[[Tensor], Tensor]) -> Target:
         raise OrthoactError(f"target {name!r} is not finite on [-1000, 1000]: give a function that is")
     if np.ptp(values) > 0 and not slopes.any():
         raise OrthoactError(f"target {name!r} is not differentiable: its values vary, its slopes by autograd are zero")
-    return Target(name, function, _line(grid[:3][::-1], values[:3][::-1]), _line(grid[-3:], values[-3:]))
+    unit = np.abs(values).max() / far[-1] or 1.0
+    left, right = _line(grid[:3][::-1], values[:3][::-1], unit), _line(grid[-3:], values[-3:], unit)
+    return Target(name, function, left, right)
 
 
-def _line(x: np.ndarray, y: np.ndarray) -> Line | None:
-    """The line through the two farthest points if the nearest (|x| = 30) lies on it too."""
+def _line(x: np.ndarray, y: np.ndarray, unit: float) -> Line | None:
+    """The line through the two farthest points if the nearest (|x| = 30) lies on it too; `unit` is a slope that the
+    function has, for what rounding left of the line's to be none.
+    """
     slope = (y[2] - y[1]) / (x[2] - x[1])
     intercept = y[2] - slope * x[2]
-    if abs(slope * x[0] + intercept - y[0]) > 1e-6 * (1 + abs(y[0])):
+    if abs(slope * x[0] + intercept - y[0]) > 1e-6 * (unit + abs(y[0])):
         return None
-    return round(float(slope), 9) + 0.0, round(float(intercept), 6) + 0.0
+    decimals = 9 - floor(log10(unit))
+    return round(float(slope), decimals) + 0.0, round(float(intercept), decimals - 3) + 0.0

@@ -92,6 +92,33 @@ def test_leaves_are_recognised_by_what_they_compute(layer, target):
     assert [s.target.name for s in orthoact.find_sites(net(layer))] == ([target] if target else [])
 
 
+class Overflowing(nn.Module):
+    """Whose slope autograd loses far out."""
+
+    def forward(self, x):
+        return x / (1 + torch.exp(-1.5 * x))
+
+
+class Growing(nn.Module):
+    def forward(self, x):
+        return torch.exp(x) - x
+
+
+def test_an_activation_that_no_copy_can_be_made_of_is_named():
+    net = nn.Sequential(nn.Linear(2, 4), Overflowing(), nn.Linear(4, 4), Growing(), nn.Linear(4, 1))
+    sites, left = orthoact.inspect_model(net)
+    assert [site.name for site in sites] == ["1"]
+    assert [(i.where, i.function) for i in left if i.where] == [("3", "Growing")]
+    assert any("not finite on" in i.reason for i in left)
+
+
+def test_a_softplus_with_a_threshold_is_copied_with_it():
+    net = nn.Sequential(nn.Linear(2, 4), nn.Softplus(1, 0.5), nn.Linear(4, 1))
+    (site,) = orthoact.find_sites(net, include=["1"])
+    x = torch.linspace(-4, 4, 101, dtype=torch.float64)
+    assert torch.allclose(site.target.function(x), net[1](x))
+
+
 def test_include_names_gates_and_exclude_removes():
     model = net(nn.GELU(), nn.Tanh())
     assert [s.name for s in orthoact.find_sites(model, include=["2"])] == ["2"]

@@ -12,7 +12,17 @@ import pytest
 import torch
 from numpy.polynomial import chebyshev, hermite_e
 
-from orthoact.interp import TARGETS, Fit, Gaussian, OrthoactError, fit, fit_to_tolerance, get_target
+from orthoact.interp import (
+    FAMILIES,
+    TARGETS,
+    Activation,
+    Fit,
+    Gaussian,
+    OrthoactError,
+    fit,
+    fit_to_tolerance,
+    get_target,
+)
 
 DEGREES = (4, 8, 12)
 FAR = np.linspace(-20, 20, 4001)
@@ -551,3 +561,68 @@ def test_tolerance_does_not_hide_bad_options(options):
     """The error names the option, and not the tolerance."""
     with pytest.raises(OrthoactError, match=str(next(iter(options.values())))):
         fit_to_tolerance("gelu", 1e-3, **options)
+
+
+# -- far from where the target bends -------------------------------------------------------------------------------------
+
+FAR_LAWS = [Gaussian(300, 1), Gaussian(400, 1), Gaussian(-300, 3), Gaussian(100, 1), Gaussian(20, 1), Gaussian(-30, 1)]
+
+
+@pytest.mark.parametrize("law", FAR_LAWS, ids=str)
+@pytest.mark.parametrize("target", ["gelu", "relu", "elu", "tanh"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_far_from_all_bends_nothing_is_better_in_the_report_than_in_the_module(family, target, law):
+    try:
+        copy = fit(target, family=family, domain=law)
+    except OrthoactError as error:
+        assert "convex" in str(error) or "no " in str(error)
+        return
+    x, w = law.nodes()
+    with torch.no_grad():
+        found = Activation.from_fit(copy)(torch.from_numpy(x)).numpy()
+    known = get_target(target)(x)[0]
+    rms, deviation = sqrt(w @ (found - known) ** 2), sqrt(w @ (known - w @ known) ** 2)
+    assert rms <= 1.1 * copy.value_rms + 2e-5 * abs(law.mean)
+    assert copy.poor or rms < 1.1 * max(deviation, 1e-5 * abs(law.mean))
+    assert not copy.poor or not copy.reason.startswith("exact"), copy.reason
+
+
+def test_an_exact_copy_of_what_is_zero_is_not_poor():
+    copy = fit("relu", domain=Gaussian(-30, 1))
+    assert copy.value_rms < 1e-12 and not copy.poor and "poor" not in copy.reason
+
+
+def test_a_copy_that_loses_what_varies_is_poor():
+    """Far out the identity is large and varies little: an error of all that varies is small beside its mean."""
+    copy = fit("gelu", family="fourier", degree=8, domain=Gaussian(300, 0.1))
+    assert copy.value_rms < 0.01 * 300 and (copy.value_rms < 0.1 or copy.poor)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0, 1e160), (0, 1e-40), (1e8, 1)])
+def test_laws_that_float32_cannot_hold(mean, std):
+    with pytest.raises(OrthoactError, match="expected a std from"):
+        Gaussian(mean, std)
+
+
+@pytest.mark.parametrize("std", [1e-8, 1e-7, 1e-3])
+@pytest.mark.parametrize("target", ["relu", "gelu"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_narrow_law_is_copied_or_refused_in_a_sentence(family, target, std):
+    try:
+        copy = fit(target, family=family, domain=Gaussian(0, std))
+    except OrthoactError as error:
+        assert "copy of" in str(error)
+        return
+    x = np.linspace(-3, 3, 61) * std
+    error = np.abs(copy(x)[0] - get_target(target)(x)[0]).max()
+    assert copy.poor or error < 0.2 * std
+
+
+@pytest.mark.parametrize("family", ["rational", "rational-sum", "tropical-rational", "fourier"])
+def test_without_tails_a_wide_law_is_measured_where_the_target_bends(family):
+    copy = fit("tanh", family=family, degree=4, tails="none", domain=Gaussian(0, 30))
+    x, w = Gaussian(0, 30, 0.0).nodes(8.0)
+    finer = np.linspace(-0.5, 0.5, 401)[:-1] * (x[1] - x[0])
+    error = (copy((x[:, None] + finer).ravel())[0] - np.tanh((x[:, None] + finer).ravel())).reshape(len(x), -1)
+    assert copy.value_rms == pytest.approx(sqrt(w @ (error**2).mean(axis=1)), rel=0.1)
+    assert copy.value_max > 0.7 * np.abs(error[np.abs(x) < 120]).max()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2CLS, ACT2FN, XIELUActivation
 
-from orthoact.interp import ALIASES, TARGETS, OrthoactError, Target, get_target
+from orthoact.interp import ALIASES, TARGETS, OrthoactError, Target, fit, get_target
 
 GRID = np.unique(np.concatenate([np.linspace(-30, 30, 4001), np.linspace(-4, 4, 3203), [-1e-3, 1e-3, 20.0, 20.1]]))
 
@@ -43,6 +43,8 @@ MODULES = [
     (nn.Sigmoid(), "sigmoid"),
     (nn.Softplus(), "softplus"),
     (nn.Softplus(beta=2), "softplus(2)"),
+    (nn.Softplus(1.0, 0.5), "softplus(1.0, 0.5)"),
+    (nn.Softplus(2.0, -1.0), "softplus(2.0, -1.0)"),
     (nn.Softshrink(), "softshrink"),
     (nn.Softshrink(1.25), "softshrink(1.25)"),
     (nn.Softsign(), "softsign"),
@@ -172,6 +174,7 @@ def test_unknown_name_lists_the_known(name):
         "leaky_relu(nan)",
         "leaky_relu(inf)",
         "softplus(0)",
+        "hardtanh(2, -2)",
     ],
 )
 def test_bad_parameters(name):
@@ -247,6 +250,9 @@ CALLABLES = [
     (lambda x: x * torch.sigmoid(3 * x), "<lambda>", (0.0, 0.0), (1.0, 0.0)),
     (lambda x: x * torch.sigmoid(x) - 0.25 * x + 2, "<lambda>", (-0.25, 2.0), (0.75, 2.0)),
     (lambda x: torch.sqrt(1 + x * x), "<lambda>", None, None),
+    (lambda x: x / (1 + torch.exp(-1.5 * x)), "<lambda>", (0.0, 0.0), (1.0, 0.0)),  # by autograd inf / inf far out
+    (lambda x: x * torch.tanh(torch.exp(x)), "<lambda>", (0.0, 0.0), (1.0, 0.0)),
+    (lambda x: 1e-9 * F.gelu(x), "<lambda>", (0.0, 0.0), (1e-9, 0.0)),
     (lambda x: x.relu() ** 2, "<lambda>", (0.0, 0.0), None),
     (torch.atan, "atan", None, None),
     (torch.sin, "sin", None, None),
@@ -269,6 +275,29 @@ def test_callable(function, name, left, right):
     ahead, behind = (function(torch.tensor(GRID + s * h)).numpy() for s in (1, -1))
     smooth = (np.abs(GRID) > 1e-4) & (np.abs(GRID - 20) > 1e-4)  # F.softplus goes over to the identity at 20
     np.testing.assert_allclose(slopes[smooth], ((ahead - behind) / (2 * h))[smooth], atol=1e-6)
+
+
+def test_a_slope_that_autograd_loses_is_a_difference():
+    slopes = get_target(lambda x: x / (1 + torch.exp(-1.5 * x)))(np.array([-900.0, -500.0, 0.0, 900.0]))[1]
+    np.testing.assert_allclose(slopes, [0.0, 0.0, 0.5, 1.0], atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-3, 1e9])
+def test_a_copy_is_as_good_in_any_unit_of_the_output(scale):
+    assert fit(lambda x: scale * F.silu(x)).share < 3 * fit("silu").share
+
+
+def test_a_callable_may_work_in_place():
+    target, x = get_target(lambda x: x.mul_(2).relu_()), np.array([-1.0, 3.0])
+    values, slopes = target(x)
+    assert values.tolist() == [0.0, 6.0] and slopes.tolist() == [0.0, 2.0] and x.tolist() == [-1.0, 3.0]
+
+
+@pytest.mark.parametrize("hole", [(10.1, 20.0), (0.76, 0.78)])
+def test_a_hole_between_the_points_of_the_probe_is_named(hole):
+    low, high = hole
+    with pytest.raises(OrthoactError, match=rf"not finite at x = {low:.2g}"):
+        fit(lambda x: torch.where((x > low) & (x < high), torch.nan, F.gelu(x)))
 
 
 def test_gradient_mode_does_not_matter():
