@@ -352,7 +352,7 @@ def measured(p: Problem, result: Fit, value: np.ndarray, slope: np.ndarray) -> F
 
 def kept(copy: Fit) -> Fit:
     """The copy as the module keeps it: its numbers in float32, the slopes of its tails as they were."""
-    numbers = tuple(np.float32(copy.coefficients).astype(float).tolist())
+    numbers = tuple(np.array(copy.coefficients, dtype=np.float32).astype(float).tolist())
     rounded = replace(copy, coefficients=numbers, reason=f"{copy.reason}; rounded, for they are large")
     if copy.tails == "none":
         return rounded

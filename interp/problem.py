@@ -120,8 +120,9 @@ class Problem:
         bend = np.abs(np.diff(slopes))
         bend[np.isin(np.arange(1, len(far)), np.searchsorted(far, kinks))] = 0
         details = list(np.diff(kinks))
-        self.straight = bend.sum() < 1e-12
-        """Whether the target bends at its kinks alone."""
+        sides = self.target(np.array([[kink - 1e-9, kink + 1e-9] for kink in kinks]).reshape(-1))[0].reshape(-1, 2)
+        self.straight = bool(bend.sum() < 1e-12 and (np.abs(np.diff(sides)) < 1e-6).all())
+        """Whether the target is straight between its kinks, and does not jump there."""
         if bend.sum():
             middle, share = (far[1:] + far[:-1]) / 2, bend / bend.sum()
             details.append(np.sqrt(share @ (middle - share @ middle) ** 2) or far[1] - far[0])

@@ -57,9 +57,7 @@ class Target:
                 slopes = torch.zeros_like(points)
             values, slopes = values.detach().double(), slopes.double()
             lost = ~slopes.isfinite()
-            if (
-                values.shape == points.shape and lost.any()
-            ):  # inf / inf within the chain rule, as of x / (1 + exp(-x)) far out
+            if values.shape == points.shape and lost.any():  # by inf / inf, as of x / (1 + exp(-x)) far out
                 beside = (1e-6 * (1 + points.detach().abs())).where(lost, 0)
                 rise = self.function(points.detach() + beside) - self.function(points.detach() - beside)
                 slopes[lost] = (rise.double() / (2 * beside))[lost]

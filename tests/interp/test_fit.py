@@ -563,7 +563,7 @@ def test_tolerance_does_not_hide_bad_options(options):
         fit_to_tolerance("gelu", 1e-3, **options)
 
 
-# -- far from where the target bends -------------------------------------------------------------------------------------
+# -- far from where the target bends -----------------------------------------------------------------------------------
 
 FAR_LAWS = [Gaussian(300, 1), Gaussian(400, 1), Gaussian(-300, 3), Gaussian(100, 1), Gaussian(20, 1), Gaussian(-30, 1)]
 
