@@ -565,11 +565,11 @@ def test_tolerance_does_not_hide_bad_options(options):
 
 # -- far from where the target bends -----------------------------------------------------------------------------------
 
-FAR_LAWS = [Gaussian(300, 1), Gaussian(400, 1), Gaussian(-300, 3), Gaussian(100, 1), Gaussian(20, 1), Gaussian(-30, 1)]
+FAR_LAWS = [Gaussian(400, 1), Gaussian(20, 1), Gaussian(-30, 1)]
 
 
 @pytest.mark.parametrize("law", FAR_LAWS, ids=str)
-@pytest.mark.parametrize("target", ["gelu", "relu", "elu", "tanh"])
+@pytest.mark.parametrize("target", ["gelu", "relu", "tanh"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_far_from_all_bends_nothing_is_better_in_the_report_than_in_the_module(family, target, law):
     try:
@@ -604,7 +604,7 @@ def test_laws_that_float32_cannot_hold(mean, std):
         Gaussian(mean, std)
 
 
-@pytest.mark.parametrize("std", [1e-8, 1e-7, 1e-3])
+@pytest.mark.parametrize("std", [1e-8, 1e-3])
 @pytest.mark.parametrize("target", ["relu", "gelu"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_narrow_law_is_copied_or_refused_in_a_sentence(family, target, std):
