@@ -12,6 +12,7 @@ import real_models
 import tiny_models as tiny
 import torch
 from click.testing import CliRunner
+from markupsafe import escape
 
 import orthoact
 from orthoact.cli import main
@@ -51,7 +52,9 @@ class Page(HTMLParser):
             self.numbers.append((attrs["data-from"], attrs["value"], data))
         elif not {t for t, _ in self.open} & {"script", "style", "svg", "code", "title"}:
             kinds = {a.get("class") for _, a in self.open}
-            if not kinds & {"name", "tx", "ty", "origin"} and not any(t in ("h1", "figure") for t, _ in self.open):
+            if not kinds & {"name", "why name", "tx", "ty", "origin"} and not any(
+                t in ("h1", "figure") for t, _ in self.open
+            ):
                 self.words.append(data)
 
 
@@ -80,6 +83,8 @@ def check(folder):
         assert read_off in {float(f"{scale * held:.{digits}g}") for digits in (2, 3, 4, 6, 7)}, (place, shown)
     words = " ".join(page.words)
     assert not re.search(r"\d", words), re.findall(r".{20}\d.{10}", words)
+    for site in roots["orthoact.json"].get("sites", []):
+        assert f'<td class="why name">{escape(site["reason"])}</td>' in text
     assert [v for v in page.links if not v.startswith(("data:", "https://arxiv.org/"))] == [], "nothing is fetched"
     assert not re.search(r"@import|url\(", text)
     return page, json.loads(re.search(r'id="numbers">(.*?)</script>', text, re.DOTALL)[1])
