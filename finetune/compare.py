@@ -193,20 +193,22 @@ def markdown(rows: list[dict[str, Any]], recipe: Recipe) -> str:
 
 
 def plot(rows: list[dict[str, Any]], recipe: Recipe, path: Path) -> None:
-    """The test metric against the number of trainable parameters, a point a row."""
+    """The test metric against the number of trainable parameters, a point a row; the legend names the best first."""
     from matplotlib.figure import Figure
 
     metric = _metric(recipe.task)
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.add_subplot()
-    for row in rows:
-        if "test" in row:
-            point = row["test"][metric]
-            axes.errorbar(max(row["trainable"], 1), point["mean"], yerr=point["std"], fmt="o", capsize=3)
-            place = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 8}
-            axes.annotate(row["row"], (max(row["trainable"], 1), point["mean"]), **place)
+    told = [(row["row"], max(row["trainable"], 1), row["test"][metric]) for row in rows if "test" in row]
+    told.sort(key=lambda row: row[2]["mean"], reverse=metric != "perplexity")
+    for i, (name, numbers, point) in enumerate(told):
+        how = {"fmt": "osD^vPX"[i % 7], "color": f"C{i % 10}", "markersize": 6, "capsize": 3}
+        axes.errorbar(numbers, point["mean"], yerr=point["std"], label=f"{i + 1}  {name}", **how)
+        axes.annotate(str(i + 1), (numbers, point["mean"]), (5, 4), textcoords="offset points", fontsize=8)
     axes.set(xscale="log", xlabel="trainable parameters", ylabel=f"{metric}, test", title=recipe.name)
     axes.grid(alpha=0.3)
+    if told:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
 
 
