@@ -15,7 +15,7 @@ from orthoact import Gaussian, Measured, OrthoactError, calibrate, find_sites, p
 from orthoact.cli import main
 from orthoact.convert.audit import probe_batch
 from orthoact.convert.calibrate import calibrate_on
-from orthoact.convert.sources import load_source
+from orthoact.convert.sources import Source, load_source
 
 
 def mlp(act=nn.GELU, shift=0.0):
@@ -281,6 +281,8 @@ def test_defaults_of_the_command(text):
         (("--calibrate", "nowhere.txt"), 1, "--calibrate nowhere.txt: there is no such file"),
         (("--limit", 5), 2, "--limit bounds the data of --calibrate"),
         (("--calibrate", "TEXT", "--limit", 0), 1, "--limit 0: expected a positive"),
+        (("--calibrate", "TEXT", "--limit", 1), 1, "at least two tokens, --limit leaves 1"),
+        (("--calibrate", ""), 1, "--calibrate : there is no such file"),
         (("--calibrate", "EMPTY"), 1, r"--calibrate"),
     ],
 )
@@ -290,3 +292,13 @@ def test_bad_input(options, code, message, text, tmp_path):
     options = [paths.get(o, o) for o in options]
     assert message in call("convert", "demo", "-o", tmp_path / "out", *options, code=code).stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_data_that_an_image_model_cannot_take(tmp_path):
+    source = Source(tiny.timm_model("vit"), name="vit", kind="timm", folder=None)
+    (tmp_path / "some.txt").write_text("a text")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"no image")
+    for data, message in (("some.txt", "a text, and this model takes images"), ("images", "repair that image")):
+        with pytest.raises(OrthoactError, match=rf"--calibrate .*{data}: .*{message}"):
+            calibrate_on(source, [], tmp_path / data)
