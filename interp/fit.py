@@ -35,6 +35,9 @@ POOR = 0.05
 LOST = 1e-5
 """The share of the target that rounding the numbers to float32 may add to an error before it is counted."""
 
+ROUNDED = 2e-7
+"""What rounding does to a copy, as a share of the sum of its numbers, six times over where that comes near `LOST`."""
+
 DERIVATIVE_WEIGHT = 0.01
 """The default lambda: what the copy itself does not need helps learning later, and a little does not hurt the copy."""
 
@@ -266,7 +269,7 @@ def _solve(p: Problem) -> Fit:
         seconds=0.0,
     )
     found = measured(p, result, *result(p.points()))
-    if 1e-6 * sum(map(abs, result.coefficients)) < LOST * p.size:  # ten times what rounding can do
+    if ROUNDED * sum(map(abs, result.coefficients)) < LOST * p.size:
         return found
     rounded = kept(result)
     rounded = measured(p, rounded, *rounded(p.points()))

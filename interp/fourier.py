@@ -178,7 +178,7 @@ class Fourier(Separable):
             found = weights @ _parts(waves[..., ends:]).swapaxes(1, 2)
         less, more, orders = _products(n)
         signed = np.concatenate([found[:, 0], -found[:, 0]], axis=1)
-        apart, together = signed[:, less], signed[:, more]
+        apart, together = signed.take(less, axis=1), signed.take(more, axis=1)
         gram = (lam * shape**2 / 2)[..., None] * orders
         gram *= apart - together
         share = np.sqrt(np.maximum(np.einsum("snn->sn", apart + together) / 2, 0))

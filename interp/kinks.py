@@ -156,7 +156,7 @@ def search_kinks(p: Problem) -> tuple[list[float], float, float, float, float, s
         if p.degree == 1 and turn == 0 and shift != 0:
             raise p.cannot_meet()
     _, kinks, u = best_kinks(p, tables, p.degree)
-    if p.straight and len(p.target.kinks) <= p.degree and convex(p, u):
+    if len(p.target.kinks) <= p.degree and convex(p, u) and p.straight:
         reason = "exact: the target is piecewise straight"
     elif family.convex and len(kinks) < p.degree:
         reason = f"the best convex copy has {len(kinks)} of the kinks: the target is not convex"
@@ -185,7 +185,7 @@ def best_kinks(p: Problem, tables: Tables, n: int) -> tuple[float, np.ndarray, n
         exact = np.sort(own[: len(p.target.kinks)])
         value, u, _ = tables.solve(exact)
         candidates.append((value, exact, u))
-        if p.straight and convex(p, u):
+        if convex(p, u) and p.straight:
             return candidates[0]
     if n == 1 and left is not None and right is not None:
         only = own[-1:] if right[0] != left[0] else np.zeros(1)

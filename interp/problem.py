@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from math import inf
 
 import numpy as np
@@ -115,21 +116,30 @@ class Problem:
 
     def needed(self, x: np.ndarray) -> int:
         """The nodes that one of the law's is to be, for what the target does to be seen where it does it."""
-        far, _, slopes = self.far
-        kinks = sorted(set(self.target.kinks))
-        bend = np.abs(np.diff(slopes))
-        bend[np.isin(np.arange(1, len(far)), np.searchsorted(far, kinks))] = 0
-        details = list(np.diff(kinks))
-        sides = self.target(np.array([[kink - 1e-9, kink + 1e-9] for kink in kinks]).reshape(-1))[0].reshape(-1, 2)
-        self.straight = bool(bend.sum() < 1e-12 and (np.abs(np.diff(sides)) < 1e-6).all())
-        """Whether the target is straight between its kinks, and does not jump there."""
-        if bend.sum():
-            middle, share = (far[1:] + far[:-1]) / 2, bend / bend.sum()
-            details.append(np.sqrt(share @ (middle - share @ middle) ** 2) or far[1] - far[0])
+        far, bend, kinks = self.far[0], self.bend_between_kinks(), sorted(set(self.target.kinks))
+        details, mass = [there - here for here, there in pairwise(kinks)], bend.sum()
+        if mass:
+            middle, share = (far[1:] + far[:-1]) / 2, bend / mass
+            details.append(float(np.sqrt(share @ (middle - share @ middle) ** 2)) or far[1] - far[0])
         bare = self.tails == "none" and isinstance(self.family, Linear)  # cannot follow it either
         if bare or not details:
             return 1
         return int(min(np.ceil((x[1] - x[0]) * DETAIL / min(details)), max(MOST // len(x), 1)))
+
+    def bend_between_kinks(self) -> np.ndarray:
+        """How much the target's slope changes between each two of the far points, its kinks apart."""
+        far, _, slopes = self.far
+        bend = np.abs(np.diff(slopes))
+        if self.target.kinks:
+            after = np.searchsorted(far, self.target.kinks)
+            bend[after[(after > 0) & (after < len(far))] - 1] = 0
+        return bend
+
+    @cached_property
+    def straight(self) -> bool:
+        """Whether the target is straight between its kinks, and does not jump there."""
+        sides = self.target(np.add.outer(np.array(self.target.kinks), [-1e-9, 1e-9]).ravel())[0].reshape(-1, 2)
+        return bool(self.bend_between_kinks().sum() < 1e-12 and (np.abs(np.diff(sides)) < 1e-6).all())
 
     def reach(self) -> tuple[float, float]:
         """The ends of the law; or where the target is near its asymptote, if beyond the law it is still far from it."""
