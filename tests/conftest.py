@@ -3,10 +3,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# the cores shared among the workers, for this process and its children
-os.environ.setdefault(
-    "OMP_NUM_THREADS", str((os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) or 1)
-)
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # not where these are started: they would inherit it
+    # the cores shared among the workers, for each and its children
+    os.environ.setdefault("OMP_NUM_THREADS", str((os.cpu_count() or 1) // int(workers) or 1))
 
 import pytest
 import torch
