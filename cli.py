@@ -181,11 +181,20 @@ def _refuse_left(left) -> None:
         raise OrthoactError(f"--strict: {len(found)} activations are left unconverted: {named}")
 
 
-def _warn_of_poor(made, strict: bool) -> None:
-    """Say which sites get a copy in name only; `--strict` refuses them."""
+def _warn_of_poor(made, strict: bool, tolerance: float | None = None) -> None:
+    """Say which sites get a copy in name only, which `--strict` refuses, and which miss the tolerance."""
     from .interp.errors import OrthoactError
     from .interp.fit import percent
 
+    missed = [f for f in made.fits if tolerance is not None and f.objective**0.5 > tolerance]
+    if missed:
+        worst = max(missed, key=lambda f: f.objective)
+        click.echo(
+            f"warning: {len(missed)} of {len(made.sites)} sites miss --tolerance {tolerance:g}: {worst.family} "
+            f"{worst.degree} comes to {worst.objective**0.5:.1e} of {worst.target}; take another --family or a larger "
+            f"--tolerance",
+            err=True,
+        )
     poor = [(site.name, fit) for site, fit in zip(made.sites, made.fits, strict=True) if fit.poor]
     if not poor:
         return
@@ -400,7 +409,7 @@ def convert(
     if strict:
         _refuse_left(made.left)
     if recover is None or dry_run:
-        _warn_of_poor(made, strict)
+        _warn_of_poor(made, strict, tolerance)
     report: dict[str, Any] = {
         "output": None if dry_run else str(out),
         "sites": made.rows,
@@ -427,7 +436,7 @@ def convert(
                 how["both"] = f"{how['solved']}, then {how['trained']}"
                 made = as_learned(made, source.model, how[found["kept"]])
                 report["sites"] = made.rows
-            _warn_of_poor(made, strict)
+            _warn_of_poor(made, strict, tolerance)
         with _status("measuring", not quiet):
             try:
                 if source.planned:

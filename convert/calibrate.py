@@ -25,6 +25,9 @@ log = logging.getLogger("orthoact")
 LIMITS = {"tokens": 2048, "texts": 128, "images": 128}
 """How much data a calibration takes unless told otherwise."""
 
+FEW = 8
+"""A calibration says so where it found less than one part in so many of that."""
+
 
 def calibrate(
     model: nn.Module | Source,
@@ -161,12 +164,16 @@ def calibrate_on(
 
     Messages call the data `flag`.
     """
-    if limit is None:
-        limit = LIMITS["images" if takes_images(source.model) else "tokens" if predicts_next(source.model) else "texts"]
+    kind = "images" if takes_images(source.model) else "tokens" if predicts_next(source.model) else "texts"
+    limit = LIMITS[kind] if limit is None else limit
     inputs = batches(source, data, limit=limit, size=batch_size, seed=seed, flag=flag)
     total = len(inputs.items)
     tell = None if progress is None else lambda done: progress(done, total)
-    return calibrate(source, sites, inputs, seed=seed, progress=tell)
+    laws = calibrate(source, sites, inputs, seed=seed, progress=tell)
+    found = max((law.rows for law in laws.values()), default=0)
+    if 0 < found < LIMITS[kind] / FEW:
+        log.warning("%s: %d %s say little of the inputs; give some %d", flag, found, kind, LIMITS[kind])
+    return laws
 
 
 def loss_gradient(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -228,6 +229,14 @@ def test_poor_copies_are_told_and_refused_by_strict(tmp_path):
     refused = call(*asked, "--strict", code=1)
     assert "--strict: 6 of 6 sites get a poor copy" in refused.stderr and not refused.stdout
     assert "poor" not in call("convert", "demo", "--dry-run", "--strict").stderr
+
+
+def test_a_missed_tolerance_is_told():
+    asked = ("convert", "demo", "--dry-run", "--json", "--family", "tropical-rational", "--tolerance")
+    assert re.search(
+        r"warning: 6 of 6 sites miss --tolerance 1e-06: tropical-rational \d+ comes", call(*asked, "1e-6").stderr
+    )
+    assert "miss" not in call(*asked, "1e-2").stderr
 
 
 def test_a_broken_conversion_is_told_in_one_sentence(converted, tmp_path):

@@ -275,6 +275,14 @@ def test_defaults_of_the_command(text):
     assert steps == [(1, 2), (2, 2)] and next(iter(laws.values())).rows > 300
 
 
+def test_little_data_is_told(text, caplog):
+    source = load_source("demo")
+    calibrate_on(source, find_sites(source.model), text, limit=200)
+    assert caplog.messages == ["--calibrate: 200 tokens say little of the inputs; give some 2048"]
+    calibrate_on(source, find_sites(source.model), text)
+    assert len(caplog.messages) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
