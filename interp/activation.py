@@ -201,6 +201,8 @@ class Activation(nn.Module):
             return torch.nested.as_nested_tensor([self(part) for part in input.unbind()])
         if self.groups is not None:
             self._check_groups(input)
+        if not input.is_floating_point():
+            raise OrthoactError(f"{self.target}: expected an input of floating point numbers, got {input.dtype}")
         dtype, how = torch.promote_types(input.dtype, torch.float32), (self.family, self.groups, self.channel)
         if curve.is_whole(input) or curve.is_whole(self.theta):
             return curve.plain(input, *self.numbers(dtype), *how)
@@ -247,8 +249,10 @@ class Activation(nn.Module):
 
     def _check_groups(self, x: Tensor) -> None:
         assert self.groups is not None and self.channel is not None
+        if not -x.dim() <= self.channel < x.dim():
+            raise OrthoactError(f"channel {self.channel}: expected an axis of the input, which is {tuple(x.shape)}")
         width = x.shape[self.channel]
-        if width % self.groups:
+        if width % self.groups or not width:
             raise OrthoactError(
                 f"groups {self.groups}: expected a divisor of the {width} channels of an input {tuple(x.shape)}"
             )

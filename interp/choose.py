@@ -122,6 +122,8 @@ def check_choice(
     """Raise `OrthoactError` for options that no plan can have: cheap, before anything is loaded."""
     if tolerance is not None and parameters is not None:
         raise OrthoactError("--tolerance and --parameters: give one of them")
+    if tolerance is not None and not tolerance > 0:
+        raise OrthoactError(f"--tolerance {tolerance}: expected a positive number")
     if parameters is not None and parameters < 1:
         raise OrthoactError(f"--parameters {parameters}: expected a positive whole number")
     if tolerance is not None or parameters is not None:

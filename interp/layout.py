@@ -47,9 +47,9 @@ class Layout:
         return (x if self.inverse is None else x.permute(self.order)).reshape(-1).contiguous()
 
     def restore(self, flat: Tensor) -> Tensor:
-        """The tensor of the values `flat`."""
+        """The tensor of the values `flat`, for autograd no view of these: what follows may work in place."""
         back = flat.view(self.shape)
-        return back if self.inverse is None else back.permute(self.inverse)
+        return (back if self.inverse is None else back.permute(self.inverse)).data
 
     @cached_property
     def inverse(self) -> list[int] | None:

@@ -222,11 +222,24 @@ def _from_name(target: str) -> Target:
     try:
         parameters = [float(p) for p in (match[2] or "").split(",") if p]
         made = TARGETS[base](target.strip() if match[2] else base, *parameters)
-        if not np.isfinite(np.array(made(np.linspace(-30, 30, 61)))).all():
+        if not (np.isfinite(np.array(made(np.linspace(-30, 30, 61)))).all() and _meets(made, parameters)):
             raise ValueError
         return made
     except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise OrthoactError(f"target {target!r}: expected numbers as its parameters, as in leaky_relu(0.2)") from error
+        raise OrthoactError(
+            f"target {target!r}: expected numbers in their usual range as its parameters, as in leaky_relu(0.2)"
+        ) from error
+
+
+def _meets(target: Target, parameters: list[float]) -> bool:
+    """Whether the target has the asymptotes that its formula has for parameters in their usual range."""
+    far = 1e5 * (1 + max(map(abs, parameters), default=0))
+    for x, line, end in ((-far, target.left, target.holds[0]), (far, target.right, target.holds[1])):
+        if line is not None and abs(end) > far:
+            value = float(target(np.array([x]))[0][0])
+            if not abs(value - line[0] * x - line[1]) <= 1e-6 * far:
+                return False
+    return True
 
 
 def _from_callable(function: Callable[[Tensor], Tensor]) -> Target:

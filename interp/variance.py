@@ -164,10 +164,12 @@ def balance(family: Family, numbers: list[float], level: slice, scaled: slice) -
         size = family.moments([float(v) for v in found]).slope_square ** 0.5
         if size > 0:
             found[scaled] /= size
-            candidates.append([float(v) for v in found])
+            square = family.moments([float(v) for v in found]).square
+            if abs(square - 1) < 1e-6:  # else their sums are too large for doubles to tell
+                candidates.append([float(v) for v in found])
     if not candidates:
         raise OrthoactError(
             f"family {family.name} with {len(numbers)} numbers: expected enough freedom for E[F^2] = E[F'^2] = 1, "
-            f"found none; take a higher degree"
+            f"found none; take another degree"
         )
     return min(candidates, key=lambda c: round(abs(family.moments(c).chi), 9))  # of a tie the first, on any machine

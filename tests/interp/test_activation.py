@@ -11,7 +11,7 @@ import torch
 from numpy.polynomial import hermite_e
 from torch import nn
 
-from orthoact.interp import Activation, Fit, Gaussian, OrthoactError, fit, original
+from orthoact.interp import FAMILIES, Activation, Fit, Gaussian, OrthoactError, fit, original
 from orthoact.interp.activation import TENSORS
 from orthoact.interp.coordinates import HEAVY, SLOPE_WEIGHT
 from orthoact.interp.formula import plain
@@ -523,3 +523,32 @@ def test_compiles_into_one_graph(options):
         grads.append((x.grad, act.theta.grad.clone()))
     for eager, graph in pairwise(grads):
         torch.testing.assert_close(graph, eager, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("groups", "shape"), [(None, (5, 8)), (4, (5, 8)), (8, (2, 3, 3, 8))])
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_follows_may_work_in_place(family, groups, shape, turned):
+    """As Dropout(inplace=True) behind torch's own activations."""
+    act = Activation.from_fit(fit("relu", family=family, degree=3), groups=groups, channel=-1)
+    x = torch.randn(shape[::-1]).permute(*reversed(range(len(shape)))) if turned else torch.randn(shape)
+    x.requires_grad_()
+    found = []
+    for inplace in (False, True):
+        act.theta.grad = x.grad = None
+        y = act(x)
+        y = y.mul_(2).add_(1) if inplace else y * 2 + 1
+        y.square().sum().backward()
+        found.append((y.detach(), x.grad, act.theta.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_inputs_that_it_cannot_take():
+    act = Activation.from_fit(fit("gelu", degree=4), groups=2, channel=3)
+    for x, said in (
+        (torch.randn(2, 4), "channel 3: expected an axis"),
+        (torch.randn(2, 4, 4, 0), "groups 2: expected a divisor of the 0 channels"),
+        (torch.ones(2, 4, 4, 2, dtype=torch.int64), r"floating point numbers, got torch\.int64"),
+    ):
+        with pytest.raises(OrthoactError, match=said):
+            act(x)

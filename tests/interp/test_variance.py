@@ -197,7 +197,7 @@ def test_too_few_numbers_are_an_error():
         def variance_preserving(self, degree):
             return balance(self, [1.0, *[0.0] * degree], slice(1), slice(None))
 
-    with pytest.raises(OrthoactError, match="take a higher degree"):
+    with pytest.raises(OrthoactError, match="take another degree"):
         Constant().variance_preserving(2)
 
 
