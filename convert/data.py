@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..interp.errors import OrthoactError
@@ -96,7 +99,7 @@ def _read(source: Source, path: Path, name: str, limit: int | None, size: int, s
 def _texts(path: Path) -> tuple[list[str], list[int] | None]:
     """The texts of a file (its lines, with their ends) or of a data set, and their labels if there are any."""
     if path.is_file() and path.suffix in TEXTS:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = read_text(path)
         if not text.strip():
             raise OrthoactError(f"--data {path}: the file is empty")
         return text.splitlines(keepends=True), None
@@ -109,6 +112,13 @@ def _texts(path: Path) -> tuple[list[str], list[int] | None]:
     column = "text" if "text" in columns else columns[0]
     labels = rows["label"][:] if "label" in rows.column_names else None
     return [f"{text}\n\n" for text in rows[column]], labels
+
+
+def read_text(path: Path) -> str:
+    """A file of UTF-8, or of UTF-16 with its mark; what is neither becomes replacement characters."""
+    data = path.read_bytes()
+    coding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    return io.TextIOWrapper(io.BytesIO(data), encoding=coding, errors="replace").read()
 
 
 def tokenizer_of(source: Source) -> Any:
@@ -206,11 +216,20 @@ def _images(source: Source, path: Path, limit: int | None, size: int) -> list[di
             part = rows[start : start + size]
         except (OSError, ValueError) as error:  # decoded now
             raise OrthoactError(f"--data {path}: {error}; repair that image or take it out") from error
-        batch = {name: torch.stack([transform(image.convert("RGB")) for image in part[columns[0]]])}
+        batch = {name: torch.stack([transform(rgb(image)) for image in part[columns[0]]])}
         if classes is not None and classes == known:
             batch["labels"] = torch.tensor(part["label"])
         out.append(batch)
     return out
+
+
+def rgb(image: Any) -> Any:
+    """A PIL image in three channels of eight bits; those of sixteen are scaled, which Pillow cuts off at 255."""
+    if image.mode.startswith("I"):
+        levels = np.asarray(image)
+        unit = 257 if levels.max() > 255 else 1
+        image = Image.fromarray((levels / unit).round().clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def input_name(source: Source) -> str:

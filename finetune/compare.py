@@ -6,15 +6,16 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from .._version import __version__
-from ..convert.checkpoint import check_output
+from ..convert.checkpoint import check_output, replacing
 from ..convert.sources import REPORT
 from ..interp.errors import OrthoactError
+from .data import digest
 from .evaluate import BEST, rank
 from .folder import changes
 from .launch import make_accelerator
@@ -48,37 +49,54 @@ def compare(
     accelerator = make_accelerator(recipe, None, processes)
     main = accelerator.is_main_process
     held = _begin(recipe, out, resume=resume, overwrite=overwrite, main=main)
-    accelerator.wait_for_everyone()
     rates = recipe.compare.learning_rates or (recipe.train.learning_rate,)
     todo = [(row, lr, seed) for row in recipe.compare.rows for lr in rates for seed in recipe.compare.seeds]
+
+    def ready() -> None:
+        if main and not held["cells"]:
+            _make(out, overwrite=overwrite or resume)
+        accelerator.wait_for_everyone()
+
     for done, (row, lr, seed) in enumerate(todo):
-        if any((c["row"], c["learning_rate"], c["seed"]) == (row, lr, seed) for c in held["cells"]):
+        if any(_place(c) == (row, lr, seed) for c in held["cells"]):
             continue
         variant = recipe.override({**recipe.compare.rows[row], "train.learning_rate": lr, "seed": seed})
         scratch = out / STATE
         with Progress(variant, accelerator, quiet) as bar:
             bar.tell(f"{done + 1}/{len(todo)}: {row}, rate {lr:g}, seed {seed}")
-            cell = {"row": row, "learning_rate": lr, "seed": seed, **measured(variant, scratch, processes, bar)}
+            cell = {"row": row, "learning_rate": lr, "seed": seed, **measured(variant, scratch, processes, bar, ready)}
         held["cells"].append(cell)
         if main:
             shutil.rmtree(scratch, ignore_errors=True)
-            held["rows"] = list(summary(held["cells"], recipe))
-            _write(out, held, recipe)
+            _write(out, held, recipe, todo)
         accelerator.wait_for_everyone()
     if not main:
         return {}
+    _write(out, held, recipe, todo)  # rows, rates and seeds may be fewer than what is held
     return held | {
         "output": str(output or f"{recipe.name}-comparison"),
         "table": (out / "comparison.md").read_text("utf-8"),
     }
 
 
-def measured(variant: Recipe, folder: Path, processes: int | None, bar: Progress) -> dict[str, Any]:
+def _place(cell: dict[str, Any]) -> tuple[str, float, int]:
+    return cell["row"], cell["learning_rate"], cell["seed"]
+
+
+def measured(
+    variant: Recipe, folder: Path, processes: int | None, bar: Progress, ready: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """The figures of one run, whose checkpoints are in `folder`; `diverged` alone where its loss was not finite."""
     try:
         accelerator = make_accelerator(variant, None, processes)
         facts, *_ = run(
-            variant, accelerator, States(folder, keep=1), log=lambda values: None, show=bar.show, tell=bar.tell
+            variant,
+            accelerator,
+            States(folder, keep=1),
+            ready=ready,
+            log=lambda values: None,
+            show=bar.show,
+            tell=bar.tell,
         )
     except OrthoactError as error:
         if "not finite" not in str(error):
@@ -138,8 +156,8 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def _begin(recipe: Recipe, out: Path, *, resume: bool, overwrite: bool, main: bool) -> dict[str, Any]:
-    """The cells that are there, in a folder that exists."""
-    file = out / FILE
+    """The cells that are there; nothing is written yet."""
+    file, now = out / FILE, digest(recipe.data.path)
     if resume and file.is_file():
         held = json.loads(file.read_text(encoding="utf-8"))
         rows = recipe.public()["compare"]["rows"]
@@ -148,18 +166,33 @@ def _begin(recipe: Recipe, out: Path, *, resume: bool, overwrite: bool, main: bo
         was = held["recipe"]["compare"]["rows"]
         if moved := next((row for row in rows if row in was and was[row] != rows[row]), None):
             raise OrthoactError(f"--resume: the row {moved!r} was {was[moved]} in {out}; give it another name")
+        if held.get("digest", now) != now:
+            raise OrthoactError(f"--resume: {out} was made with other data in data.path; give another --output")
         return held | {"recipe": recipe.public()}
     if main:
+        begun = (out / REPORT).is_file() and "comparison" in json.loads((out / REPORT).read_text(encoding="utf-8"))
+        if resume and out.is_dir() and any(out.iterdir()) and not begun:
+            raise OrthoactError(f"--resume: {out} is not the folder of a comparison; give another with --output")
         check_output(out, overwrite=overwrite or resume)
-        if out.exists():
-            shutil.rmtree(out)
-        out.mkdir(parents=True)
-        (out / REPORT).write_text(json.dumps({"orthoact": __version__, "comparison": FILE}) + "\n", encoding="utf-8")
-    return {"orthoact": __version__, "recipe": recipe.public(), "rows": [], "cells": []}
+    return {
+        "orthoact": __version__,
+        "recipe": recipe.public(),
+        "digest": now,
+        "rows": [],
+        "cells": [],
+    }
 
 
-def _write(out: Path, held: dict[str, Any], recipe: Recipe) -> None:
-    """The table, its figures and its picture, each whole or not at all."""
+def _make(out: Path, *, overwrite: bool) -> None:
+    """The folder, in place of one that is there."""
+    with replacing(out, overwrite=overwrite) as folder:
+        text = json.dumps({"orthoact": __version__, "comparison": FILE}) + "\n"
+        (folder / REPORT).write_text(text, encoding="utf-8")
+
+
+def _write(out: Path, held: dict[str, Any], recipe: Recipe, wanted: list[tuple[str, float, int]]) -> None:
+    """The table of the cells that are wanted, its figures and its picture, each whole or not at all."""
+    held["rows"] = list(summary([cell for cell in held["cells"] if _place(cell) in wanted], recipe))
     plot(held["rows"], recipe, out / ".new.png")
     os.replace(out / ".new.png", out / "comparison.png")
     for name, text in (("comparison.md", markdown(held["rows"], recipe)), (FILE, json.dumps(held, indent=1) + "\n")):

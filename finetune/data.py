@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..convert.data import read_datasets
+from ..convert.data import read_datasets, read_text
 from ..convert.sources import Source, demo_folder
 from ..interp.errors import OrthoactError
 from .examples import Images, Sentences, Windows
@@ -21,6 +22,8 @@ from .sections import Data
 
 SPLITS = ("train", "validation", "test")
 TEXTS = (".txt", ".md", ".text")
+READ = (100, 2**20)
+"""Of how many files the beginning counts in `digest`, and how many bytes."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,12 @@ def read_rows(recipe: Recipe) -> Rows:
     classes, a split that is empty.
     """
     limited = replace(recipe.data, length=1, size=None, augment=True)  # the rest does not change the rows
-    return _rows(limited, recipe.task, recipe.seed if recipe.data.train_limit else 0)
+    seed = recipe.seed if recipe.data.train_limit else 0
+    return _rows(limited, recipe.task, seed, digest(recipe.data.path, changed=True))
 
 
 @lru_cache(maxsize=2)  # the rows of a comparison read the same data again and again
-def _rows(data: Data, task: str, seed: int) -> Rows:
+def _rows(data: Data, task: str, seed: int, state: str | None) -> Rows:
     found = _splits(data)
     for name, rows in found.items():
         if len(rows) == 0:
@@ -68,11 +72,45 @@ def _rows(data: Data, task: str, seed: int) -> Rows:
     column = data.text if task == "sequence-classification" else data.image
     for name, rows in found.items():
         _check_columns(data, name, rows, column, data.label)
-    found = _held_out(data, found, _cut_rows)
+        if column == data.image and task == "image-classification" and type(rows.features[column]).__name__ != "Image":
+            raise OrthoactError(
+                f"data.image: column {column!r} of {data.path} holds {rows[0][column]!r}, no images; give a folder "
+                f"with a folder of images for each class, or a data set with a column of images"
+            )
+    if task == "sequence-classification":
+        for name, rows in found.items():
+            _strings(data, name, rows[column][:])
     labels = _labels(data, found)
+    found = _held_out(data, found, _cut_rows)
+    for name, rows in found.items():
+        if len(rows) == 0:
+            raise OrthoactError(
+                f"data.holdout: a share of {data.holdout:g} of the rows of {data.path} leaves none for {name}; give "
+                f"more rows, another share, or the splits themselves"
+            )
     limits = {name: getattr(data, f"{name}_limit") for name in SPLITS}
     found = {name: _draw(rows, limits[name], seed if name == "train" else 0) for name, rows in found.items()}
     return Rows(**{name: _pairs(data, name, rows, column, labels) for name, rows in found.items()}, labels=labels)
+
+
+def digest(path: str, *, changed: bool = False) -> str | None:
+    """What tells data on this machine from others: names, sizes and beginnings of the files; None for a Hub's.
+
+    With `changed`, also when they were last written.
+    """
+    where = Path(path).expanduser()
+    if not where.exists():
+        return None
+    found = hashlib.sha256()
+    for i, file in enumerate(sorted(where.rglob("*")) if where.is_dir() else [where]):
+        if file.is_file():
+            state = file.stat()
+            name = file.relative_to(where).as_posix()
+            found.update(f"{name} {state.st_size} {state.st_mtime_ns if changed else 0}\n".encode())
+            if i < READ[0]:
+                with open(file, "rb") as content:
+                    found.update(content.read(READ[1]))
+    return found.hexdigest()[:16]
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -100,7 +138,7 @@ def _splits(data: Data) -> dict[str, Any]:
 
 
 def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace")
+    return read_text(path)
 
 
 def _from_hub(data: Data) -> dict[str, Any]:
@@ -134,11 +172,20 @@ def _texts(data: Data, name: str, rows: Any) -> list[str]:
     """The documents of a split."""
     if not isinstance(rows, list):
         _check_columns(data, name, rows, data.text)
-        rows = rows[data.text][:]
+        rows = _strings(data, name, rows[data.text][:])
         rows = [text if data.eos or text.endswith("\n") else f"{text}\n\n" for text in rows]
     if not any(text.strip() for text in rows):
         raise OrthoactError(f"data.{name}: the split {getattr(data, name)!r} of {data.path} holds no text")
     return rows
+
+
+def _strings(data: Data, name: str, texts: list[Any]) -> list[str]:
+    """The texts of a column, all of which must be some."""
+    if odd := [(i, text) for i, text in enumerate(texts) if not isinstance(text, str)]:
+        raise OrthoactError(
+            f"data.text: expected text in column {data.text!r} of {name}, row {odd[0][0] + 1} has {odd[0][1]!r}"
+        )
+    return texts
 
 
 def _check_columns(data: Data, name: str, rows: Any, *columns: str) -> None:
@@ -158,8 +205,12 @@ def _held_out(data: Data, found: dict[str, Any], cut: Callable) -> dict[str, Any
 
 
 def _cut_text(texts: list[str], shares: list[float]) -> list[list[str]]:
-    """The ends of a text, the last share last, cut at line ends; whole documents where there are many."""
+    """The ends of a text, the last share last, cut at line ends; whole documents where there are many, words where
+    there are few lines.
+    """
     units = texts if len(texts) >= 20 else "".join(texts).splitlines(keepends=True)
+    if len(units) < 20:  # one long line, say
+        units = re.findall(r"\s*\S+\s*", "".join(texts))
     sizes = torch.tensor([float(len(unit)) for unit in units]).cumsum(0)
     ends = [int((sizes <= sizes[-1] * (1 - sum(shares[i:]) + 1e-6)).sum()) for i in range(len(shares))] + [len(units)]
     parts = [units[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
@@ -180,22 +231,30 @@ def _draw(rows: Any, limit: int | None, seed: int) -> Any:
 
 def _labels(data: Data, found: dict[str, Any]) -> tuple[str, ...]:
     """The names of the classes."""
-    feature = found["train"].features[data.label]
+    rows, where = found["train"][data.label][:], f"column {data.label!r} of train"
+    for i, label in enumerate(rows):
+        if label is None or label != label:
+            raise OrthoactError(f"data.label: row {i + 1} of {where} has no label; give it one or take it out")
+        if not isinstance(label, int | str):
+            raise OrthoactError(f"data.label: expected whole numbers or names in {where}, row {i + 1} has {label!r}")
+    feature, values = found["train"].features[data.label], set(rows)
+    if len(values) == 1:
+        raise OrthoactError(f"data.label: all rows of train have the label {rows[0]!r}; expected two classes or more")
     if hasattr(feature, "names"):
         return tuple(feature.names)
-    values = set(found["train"][data.label])
+    if all(isinstance(v, bool) for v in values):
+        return ("false", "true")
     if all(isinstance(v, int) for v in values):
+        if min(values) < 0:
+            raise OrthoactError(f"data.label: expected whole numbers from 0, {where} has {min(values)}")
         return tuple(str(i) for i in range(max(values) + 1))
-    if all(isinstance(v, str) for v in values):
-        return tuple(sorted(values))
-    odd = next(v for v in values if not isinstance(v, int | str))
-    raise OrthoactError(f"data.label: expected whole numbers or names in column {data.label!r}, found {odd!r}")
+    return tuple(sorted(map(str, values)))
 
 
 def _pairs(data: Data, name: str, rows: Any, column: str, labels: tuple[str, ...]) -> Any:
     """Rows as a sequence of (text or image, number of the class)."""
     known = {label: i for i, label in enumerate(labels)}
-    numbers = [y if isinstance(y, int) else known.get(y, -1) for y in rows[data.label]]
+    numbers = [int(y) if isinstance(y, int) else known.get(y, -1) for y in rows[data.label]]
     if odd := [y for y, n in zip(rows[data.label], numbers, strict=True) if not 0 <= n < len(labels)]:
         raise OrthoactError(
             f"data.{name}: the label {odd[0]!r} of {len(odd)} rows is none of the {len(labels)} classes of the "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..convert.data import input_name, takes_images, tokenizer_of, transform_of
+from ..convert.data import input_name, rgb, takes_images, tokenizer_of, transform_of
 from ..convert.sources import Source
 from ..interp.errors import OrthoactError
 from .sections import Data
@@ -136,8 +136,6 @@ class Sentences:
 
     def split(self, name: str, pairs: Any) -> EncodedSplit:
         texts, numbers = [pairs[i][0] for i in range(len(pairs))], pairs.numbers
-        if strange := next((t for t in texts if not isinstance(t, str)), None):
-            raise OrthoactError(f"data.text: expected text in column {pairs.column!r} of {name}, found {strange!r}")
         encoded = self.tokenizer(texts, truncation=True, max_length=self.length, verbose=False)
         return EncodedSplit(
             [dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True)], numbers
@@ -197,11 +195,16 @@ class ImageSplit:
         return len(self.pairs)
 
     def __getitem__(self, i: int) -> Example:
-        image, number = self.pairs[i]
-        return self.example(image, number)
+        return self.example(*self.pair(i))
+
+    def pair(self, i: int) -> tuple[Any, int]:
+        try:
+            return self.pairs[i]
+        except (OSError, ValueError, SyntaxError) as error:  # decoded now
+            raise OrthoactError(f"data.image: an image cannot be read ({error}); repair it or take it out") from error
 
     def example(self, image: Any, number: int) -> Example:
-        return {self.name: self.prepare(image.convert("RGB")), "labels": torch.tensor(number)}
+        return {self.name: self.prepare(rgb(image)), "labels": torch.tensor(number)}
 
     def trained(self, i: int, epoch: int, seed: int) -> Example:
         """The image, randomly cropped to at least 60 % of its area and mirrored."""
@@ -210,7 +213,7 @@ class ImageSplit:
         from torchvision.transforms import RandomResizedCrop
         from torchvision.transforms.functional import crop, hflip
 
-        image, number = self.pairs[i]
+        image, number = self.pair(i)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             image = crop(image, *RandomResizedCrop.get_params(image, [0.6, 1.0], [3 / 4, 4 / 3]))

@@ -1,4 +1,4 @@
-"""The folder of a run: begun before the first step, the model written into it at the end, whole or not at all."""
+"""The folder of a run: begun before the first step, when all else is sound; the model comes last, or not at all."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ..convert.checkpoint import check_output, replacing, save
 from ..convert.provenance import own_command
 from ..convert.sources import REPORT, Source
 from ..interp.errors import OrthoactError
+from .data import digest
 from .recipe import Recipe
 
 METRICS = "metrics.jsonl"
 """One JSON object a logged step."""
 
 
-def begin(recipe: Recipe, out: Path, *, resume: bool, overwrite: bool, accelerator: Any) -> dict[str, Any] | None:
-    """Make the folder, or check that it is one to go on in; the facts of a run that is finished already."""
-    report = out / REPORT
-    if resume and report.is_file():
-        held = json.loads(report.read_text(encoding="utf-8")).get("training") or {}
+def check(recipe: Recipe, out: Path, *, resume: bool, overwrite: bool, accelerator: Any) -> dict[str, Any] | None:
+    """Whether the folder may be written or gone on in; the facts of a run that is finished already."""
+    if is_begun(out, resume):
+        held = json.loads((out / REPORT).read_text(encoding="utf-8")).get("training") or {}
         if held.get("recipe") is None:
             raise OrthoactError(f"--resume: {out} is not the folder of a training run; give another with --output")
         if changed := list(changes(held["recipe"], recipe.public())):
@@ -35,6 +35,8 @@ def begin(recipe: Recipe, out: Path, *, resume: bool, overwrite: bool, accelerat
                 f"--resume: the run in {out} has another recipe ({'; '.join(changed[:3])}); give the same, or another "
                 f"--output"
             )
+        if held.get("digest", now := digest(recipe.data.path)) != now:
+            raise OrthoactError(f"--resume: the run in {out} had other data in data.path; give another --output")
         accelerator.wait_for_everyone()
         return held if held.get("finished") and (out / "config.json").is_file() else None
     if accelerator.is_main_process:
@@ -43,11 +45,20 @@ def begin(recipe: Recipe, out: Path, *, resume: bool, overwrite: bool, accelerat
         except OrthoactError as error:
             text = str(error).replace("with -o, or --overwrite", "with --output, --resume, or --overwrite")
             raise OrthoactError(text.replace("with -o", "with --output")) from error
-        with replacing(out, overwrite=overwrite) as folder:
-            record = {"orthoact": __version__, "training": {"recipe": recipe.public(), "finished": False}}
-            (folder / REPORT).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    accelerator.wait_for_everyone()
     return None
+
+
+def is_begun(out: Path, resume: bool) -> bool:
+    """Whether a run goes on in this folder."""
+    return resume and (out / REPORT).is_file()
+
+
+def begin(recipe: Recipe, out: Path, *, overwrite: bool) -> None:
+    """Make the folder, in place of one that is there."""
+    with replacing(out, overwrite=overwrite) as folder:
+        training = {"recipe": recipe.public(), "digest": digest(recipe.data.path), "finished": False}
+        record = {"orthoact": __version__, "training": training}
+        (folder / REPORT).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def changes(old: Any, new: Any, key: str = "") -> Iterator[str]:

@@ -43,6 +43,8 @@ def make_accelerator(recipe: Recipe, out: Path | None, processes: int | None) ->
     from accelerate.state import AcceleratorState
 
     train = recipe.train
+    if train.tracker and out is not None and train.tracker not in (known := _trackers()):
+        raise OrthoactError(f"train.tracker: {train.tracker} is none of those installed here ({', '.join(known)})")
     AcceleratorState._reset_state()  # of a run before in this process, which may have had another precision
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else Accelerate takes one process, whatever the launcher says
@@ -60,6 +62,12 @@ def make_accelerator(recipe: Recipe, out: Path | None, processes: int | None) ->
             f"--num-processes start them, or give torchrun --nproc-per-node {processes}"
         )
     return accelerator
+
+
+def _trackers() -> list[str]:
+    from accelerate.tracking import get_available_trackers
+
+    return [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
 
 
 def start_tracker(recipe: Recipe, accelerator: Any) -> None:

@@ -92,7 +92,8 @@ def loop(job: Job, accelerator: Any) -> dict[str, Any]:
     step, start, losses = job.resume or 0, perf_counter() - facts["seconds"], []
     every = train.save_every or max(1, math.ceil(train.max_steps / 10))
 
-    rest = accelerator.skip_first_batches(loader, step * train.accumulate) if step < train.max_steps else ()
+    ended = step >= train.max_steps or bool(train.patience and facts["stale"] >= train.patience)
+    rest = () if ended else accelerator.skip_first_batches(loader, step * train.accumulate)
     for place, batch in enumerate(rest, start=step * train.accumulate):
         torch.manual_seed(mixed(job.seed, place, accelerator.process_index))  # dropout: a function of the place
         job.begin(step)
@@ -119,6 +120,8 @@ def loop(job: Job, accelerator: Any) -> dict[str, Any]:
         measures = last or bool(train.evaluate_every and step % train.evaluate_every == 0)
         if measures:
             figures = facts["validation"] = measure(objective, measured, job.task, accelerator)
+            if not math.isfinite(figures["loss"]):  # the last update, after the loss above
+                raise _diverged(step, job)
             facts["stale"] += 1
             if better(figures, facts["best"], job.task):
                 facts |= {"best": {"step": step, **figures}, "stale": 0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from ..convert.surgeon import Plan, convert_, inspect_model, plan
 from ..interp.errors import OrthoactError
 from ..interp.fit import DERIVATIVE_WEIGHT, variance_preserving
 from .data import Rows
+from .evaluate import logits
 from .recipe import Recipe
+from .sections import Convert
 
 
 def make_model(recipe: Recipe, rows: Rows) -> tuple[Source, dict[str, Any]]:
@@ -24,9 +27,37 @@ def make_model(recipe: Recipe, rows: Rows) -> tuple[Source, dict[str, Any]]:
     torch.manual_seed(recipe.seed)
     source = _load(recipe, rows)
     source.model.requires_grad_(True)
+    if recipe.task == "causal-lm":
+        _check_causal(source)
     if source.converted:
         return source, _recorded(source)
-    return source, _convert(source, recipe)
+    try:
+        return source, _convert(source, recipe)
+    except OrthoactError as error:  # a recipe has keys where the command has options
+        raise OrthoactError(re.sub(r"--([a-z]+(?:-[a-z]+)*)", _key, str(error))) from error
+
+
+def _key(option: re.Match) -> str:
+    name = option[1].replace("-", "_")
+    return f"convert.{name}" if name in Convert.__dataclass_fields__ else option[0]
+
+
+@torch.no_grad()
+def _check_causal(source: Source) -> None:
+    """Refuse a model in which a token sees those after it: its labels would be among its inputs."""
+    model: Any = source.model
+    training, vocabulary = model.training, getattr(model.config, "vocab_size", 2)
+    ids = torch.arange(8)[None] % vocabulary
+    other = ids.clone()
+    other[0, -1] = (ids[0, -1] + 1) % vocabulary
+    device = next(model.parameters()).device
+    model.eval()
+    here, there = (logits(model, {"input_ids": part.to(device)})[0, 0].float() for part in (ids, other))
+    model.train(training)
+    if (here - there).abs().max() > 1e-3 * here.abs().max():
+        raise OrthoactError(
+            f"model: in {source.name} a token sees the tokens after it; causal-lm needs a causal language model"
+        )
 
 
 def _load(recipe: Recipe, rows: Rows) -> Source:

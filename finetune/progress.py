@@ -23,7 +23,7 @@ class Progress:
         self.on = accelerator.is_main_process and not quiet
         speed = TextColumn("{task.fields[speed]}")
         columns = (
-            TextColumn(recipe.name or "training"),
+            TextColumn(recipe.name or "training", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             speed,
@@ -44,7 +44,7 @@ class Progress:
     def tell(self, text: str) -> None:
         """Print a line above the bar."""
         if self.on:
-            self.console.print(text)
+            self.console.print(text, markup=False)
 
     def show(self, step: int, loss: float, validation: dict[str, float] | None) -> None:
         """Move the bar to a step."""

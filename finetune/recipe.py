@@ -50,6 +50,8 @@ class Recipe:
 
     def __post_init__(self):
         one_of("task", self.task, TASKS)
+        if not 0 <= self.seed < 2**63:
+            raise OrthoactError(f"seed: expected a whole number from 0 to 2^63 - 1, got {self.seed}")
         if self.config and not self.scratch:
             raise OrthoactError(f"config: {', '.join(self.config)} is for untrained weights; give scratch: true too")
         if self.convert.start != "fit" and not self.scratch:
@@ -130,7 +132,10 @@ def source_of(name: str) -> str:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise OrthoactError(f"{name}: there is no such recipe file")
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise OrthoactError(f"{name}: expected UTF-8 text ({error})") from error
     shipped = _shipped()
     if name not in shipped:
         raise OrthoactError(f"{name}: no recipe of this name{near(name, shipped)}; `orthoact recipes` lists them")

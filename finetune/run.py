@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,11 +19,11 @@ from ..convert.sources import Source
 from ..interp import engine
 from ..interp.activation import counted
 from ..interp.errors import OrthoactError
-from .data import Examples, make_examples, read_rows
+from .data import Examples, digest, make_examples, read_rows
 from .distill import Distillation
 from .evaluate import Objective, logits, measure, task_loss
 from .examples import Stream
-from .folder import METRICS, begin, finish, keep_lines
+from .folder import METRICS, begin, check, finish, is_begun, keep_lines
 from .launch import make_accelerator, start_tracker
 from .loop import Job, loop
 from .memory import Peak
@@ -57,7 +58,7 @@ def train(
     recipe = recipe if isinstance(recipe, Recipe) else read(recipe)
     out = Path(os.path.abspath(Path(output or recipe.name).expanduser()))
     accelerator = make_accelerator(recipe, out, processes)
-    known = begin(recipe, out, resume=resume, overwrite=overwrite, accelerator=accelerator)
+    known = check(recipe, out, resume=resume, overwrite=overwrite, accelerator=accelerator)
     if known is not None:
         log.warning("%s: the run is finished already, nothing to resume", out)
         return known | {"output": str(output or recipe.name)} if accelerator.is_main_process else {}
@@ -66,19 +67,25 @@ def train(
     if resume and accelerator.is_main_process:
         where = f"resuming from step {step}" if step else "no checkpoint to resume from, starting afresh"
         log.warning("%s: %s", out, where)
-    if accelerator.is_main_process:
-        states.clear()
-        keep_lines(out / METRICS, step or 0)
-    accelerator.wait_for_everyone()
-    start_tracker(recipe, accelerator)
-    with open(out / METRICS, "a", encoding="utf-8") as lines, Progress(recipe, accelerator, quiet) as bar:
+    with ExitStack() as stack, Progress(recipe, accelerator, quiet) as bar:
+        files: list[Any] = []
+
+        def ready() -> None:
+            if accelerator.is_main_process:
+                if not is_begun(out, resume):
+                    begin(recipe, out, overwrite=overwrite)
+                states.clear()
+                keep_lines(out / METRICS, step or 0)
+            accelerator.wait_for_everyone()
+            start_tracker(recipe, accelerator)
+            files.append(stack.enter_context(open(out / METRICS, "a", encoding="utf-8")))
 
         def write(values: dict[str, Any]) -> None:
-            lines.write(json.dumps(values) + "\n")
-            lines.flush()
+            files[0].write(json.dumps(values) + "\n")
+            files[0].flush()
 
         facts, source, trainable, record = run(
-            recipe, accelerator, states, log=write, show=bar.show, tell=bar.tell, resume=step
+            recipe, accelerator, states, ready=ready, log=write, show=bar.show, tell=bar.tell, resume=step
         )
     if accelerator.is_main_process:
         model = trainable.finish()
@@ -93,12 +100,16 @@ def run(
     accelerator: Any,
     states: States,
     *,
+    ready: Callable[[], None],
     log: Callable[[dict[str, Any]], None],
     show: Callable[..., None],
     tell: Callable[[str], None] = lambda text: None,
     resume: int | None = None,
 ) -> tuple[dict[str, Any], Source, Trainable, dict[str, Any]]:
-    """One run without its folder: the facts, the model, what trained, the record of the conversion."""
+    """One run without its folder: the facts, the model, what trained, the record of the conversion.
+
+    `ready` is called when data and model are sound and the first step comes next.
+    """
     chosen = recipe.train
     with Peak() as peak:
         start = perf_counter()
@@ -114,6 +125,8 @@ def run(
             _checkpoint_gradients(trainable.model)
         loss, told = make_loss(trainable.model, recipe)
         objective = Objective(trainable.model, loss)
+        accelerator.wait_for_everyone()
+        ready()
         with engine.using(path), Monitor(trainable.model, penalise=chosen.boundary_penalty > 0) as monitor:
             total = chosen.max_steps * chosen.accumulate * chosen.batch_size * accelerator.num_processes
             job = Job(
@@ -139,7 +152,13 @@ def run(
             figures = measure(prepared, accelerator.prepare(test), recipe.task, accelerator)
     for tracker in accelerator.trackers:
         tracker.finish()
-    facts = {"recipe": recipe.public(), "what": chosen.what, "trainable": sum(count.values()), "trainable_by": count}
+    facts = {
+        "recipe": recipe.public(),
+        "digest": digest(recipe.data.path),
+        "what": chosen.what,
+        "trainable": sum(count.values()),
+        "trainable_by": count,
+    }
     facts |= {
         "path": path,
         "processes": accelerator.num_processes,
@@ -169,8 +188,13 @@ def suited_path(model: torch.nn.Module, examples: Examples, train: Train) -> str
     """How the activations are computed: by kernels where the steps are worth making them (`engine.suited`)."""
     training, one = model.training, examples.collate([examples.train[0]])
     model.eval()
-    with torch.no_grad(), counted(model) as values:
-        logits(model, one)
+    try:
+        with torch.no_grad(), counted(model) as values:
+            logits(model, one)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in one.items())
+        why = str(error).splitlines()[0]
+        raise OrthoactError(f"data: the model does not run on its inputs ({shapes}): {why}; give others") from error
     model.train(training)
     work = sum(values) * train.batch_size * train.accumulate * train.max_steps
     return engine.suited(work, training=True, device=next(model.parameters()).device)

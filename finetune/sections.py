@@ -70,7 +70,7 @@ class Data:
     subset: str | None = None
     """The configuration of a `datasets` name."""
     train: str = "train"
-    """Name of the split that is trained on; `datasets` slices such as train[:5000] are allowed."""
+    """Name of the split that is trained on; of a `datasets` name slices such as train[:5000] are allowed."""
     validation: str = "validation"
     """Split on which everything is chosen; where there is none, a `holdout` of the training split."""
     test: str = "test"

@@ -5,11 +5,13 @@ import math
 
 import pytest
 from click.testing import CliRunner
+from tiny_training import short
 
 from orthoact import OrthoactError
 from orthoact.cli import main
 from orthoact.finetune.compare import compare, summary
 from orthoact.finetune.recipe import read
+from orthoact.finetune.run import train
 
 SHORT = ["data.length=32", "train.max_steps=3", "train.batch_size=2", "data.validation_limit=2", "data.test_limit=2"]
 SHORT += ["train.evaluate_every=null", "compare.learning_rates=[1e-3,1e-2]", "compare.seeds=[0,1]"]
@@ -57,6 +59,26 @@ def test_the_table_is_whole_and_resumes_row_by_row(tmp_path, monkeypatch):
     assert compare(recipe, out, resume=True)["cells"] == held["cells"], "what is there is not run again"
     with pytest.raises(OrthoactError, match=r"another recipe \(train\.max_steps was 3, is 4\)"):
         compare(read("demo-smoke", [*SHORT, "train.max_steps=4"]), out, resume=True)
+
+
+def test_what_is_no_comparison_is_not_resumed(tmp_path):
+    train(short("train.max_steps=1"), tmp_path / "model")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "model").rglob("*")}
+    with pytest.raises(OrthoactError, match="is not the folder of a comparison"):
+        compare(read("demo-smoke", SHORT), tmp_path / "model", resume=True)
+    with pytest.raises(OrthoactError, match="there is no file or folder"):
+        compare(read("demo-smoke", [*SHORT, "data.path=/nowhere.txt"]), tmp_path / "model", overwrite=True)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "model").rglob("*")} == before
+
+
+def test_the_table_has_what_the_recipe_has_now(tmp_path):
+    few = [*SHORT, "train.max_steps=1", "compare.seeds=[0]"]
+    rows = "compare.rows={a: {}, 'b [/x]': {train.what: norms}}"
+    compare(read("demo-smoke", [*few, rows, "compare.learning_rates=[1e-3, 1e-2]"]), tmp_path / "out", quiet=False)
+    fewer = [*few, "compare.rows={a: {}}", "compare.learning_rates=[1e-3]"]
+    held = compare(read("demo-smoke", fewer), tmp_path / "out", resume=True)
+    assert len(held["cells"]) == 4 and [list(row["rates"]) for row in held["rows"]] == [["0.001"]]
+    assert "b [/x]" not in held["table"]
 
 
 def test_a_row_that_diverges_is_the_worst_and_says_so(tmp_path):

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from orthoact import OrthoactError
+from orthoact.convert.data import rgb
 from orthoact.convert.sources import load_source
 from orthoact.finetune.data import make_examples, read_rows
 from orthoact.finetune.examples import IGNORED, Stream
@@ -158,7 +159,48 @@ def unlabelled(tmp_path):
 
 def real_labels(tmp_path):
     (tmp_path / "d.csv").write_text("text,label\n" + "x,0.5\ny,1.5\n" * 10)
-    return sentences(tmp_path / "d.csv"), r"data\.label: expected whole numbers or names .* found [01]\.5"
+    return sentences(tmp_path / "d.csv"), r"data\.label: expected whole numbers or names .* row 1 has 0\.5"
+
+
+def of_rows(tmp_path, *rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
+    return sentences(path)
+
+
+def no_text(tmp_path):
+    return of_rows(tmp_path, *[("x", 0), ("y", 1)] * 9, (None, 0)), r"data\.text: .* of train, row 19 has None"
+
+
+def no_label(tmp_path):
+    return of_rows(tmp_path, *[("x", 0), ("y", 1)] * 9, ("x", None)), r"data\.label: row 19 of .* has no label"
+
+
+def lists_of_labels(tmp_path):
+    return of_rows(tmp_path, *[("x", [0]), ("y", [1])] * 9), r"data\.label: .* row 1 has \[0\]"
+
+
+def one_class(tmp_path):
+    return of_rows(tmp_path, *[("x", 1)] * 20), r"data\.label: all rows of train have the label 1; expected two"
+
+
+def negative_labels(tmp_path):
+    return of_rows(tmp_path, *[("x", -1), ("y", 1)] * 9), r"data\.label: expected whole numbers from 0, .* has -1"
+
+
+def too_few_rows(tmp_path):
+    return of_rows(tmp_path, ("x", 0), ("y", 1)), r"data\.holdout: a share of 0\.1 .* leaves none for validation"
+
+
+def numbers_for_text(tmp_path):
+    (tmp_path / "d.csv").write_text("text\n" + "1\n" * 30)
+    return language(path=str(tmp_path / "d.csv")), r"data\.text: expected text in column 'text' of train, row 1 has 1"
+
+
+def paths_of_images(tmp_path):
+    (tmp_path / "d.csv").write_text("image,label\n" + "a.png,0\nb.png,1\n" * 10)
+    recipe = Recipe(task="image-classification", data=Data(path=str(tmp_path / "d.csv")))
+    return recipe, r"data\.image: column 'image' .* holds 'a\.png', no images"
 
 
 def empty_split(tmp_path):
@@ -187,6 +229,7 @@ def not_on_the_hub(tmp_path):
 
 CASES = (
     *(bad_column, bad_label_column, unlabelled, real_labels),
+    *(no_text, no_label, lists_of_labels, one_class, negative_labels, too_few_rows, numbers_for_text, paths_of_images),
     *(empty_split, empty_text, unknown_split, no_file, not_on_the_hub),
 )
 
@@ -207,3 +250,49 @@ def test_a_text_too_short_for_a_window(tmp_path):
     long = language(path="demo", length=300)
     with pytest.raises(OrthoactError, match=r"data\.length: demo takes at most 256 tokens, got 300"):
         make_examples(read_rows(long), load_source("demo"), long)
+
+
+def test_classes_by_true_and_false(tmp_path):
+    rows = read_rows(of_rows(tmp_path, *[("x", True), ("y", False)] * 20))
+    assert rows.labels == ("false", "true") and {type(n) for n in rows.train.numbers} == {int}
+    assert all((text == "x") == number for text, number in (rows.train[i] for i in range(len(rows.train))))
+
+
+def test_a_rare_class_is_one_wherever_it_falls(tmp_path):
+    rows = read_rows(of_rows(tmp_path, *[("x", "a"), ("y", "b")] * 20, *[(str(i), f"rare{i}") for i in range(9)]))
+    assert len(rows.labels) == 11
+
+
+def test_data_that_changed_are_read_again(tmp_path):
+    recipe = of_rows(tmp_path, *[("x", 0), ("y", 1)] * 20)
+    before = len(read_rows(recipe).train)
+    assert len(read_rows(of_rows(tmp_path, *[("x", 0), ("y", 1)] * 30)).train) > before
+
+
+def test_one_long_line_is_cut_between_words(tmp_path):
+    (tmp_path / "a.txt").write_text(" ".join(f"word{i}" for i in range(1000)))
+    found = read_rows(language(path=str(tmp_path / "a.txt")))
+    parts = ["".join(part) for part in (found.train, found.validation, found.test)]
+    assert "".join(parts) == (tmp_path / "a.txt").read_text()
+    assert [round(len(part) / 7890, 1) for part in parts] == [0.8, 0.1, 0.1]
+
+
+def test_text_in_utf_16(tmp_path):
+    (tmp_path / "a.txt").write_bytes(("Für Elise\n" * 40).encode("utf-16"))
+    assert set("".join(read_rows(language(path=str(tmp_path / "a.txt"))).train).splitlines()) == {"Für Elise"}
+
+
+def test_images_of_sixteen_bits_keep_their_levels():
+    levels = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    found = np.asarray(rgb(Image.fromarray(levels)))
+    assert found.shape == (16, 16, 3) and (found == np.arange(256).reshape(16, 16, 1)).all()
+
+
+def test_an_image_that_cannot_be_read(tmp_path):
+    model, folder = tiny.vit_folder(tmp_path / "model"), images(tmp_path / "d")
+    (folder / "cat" / "0.png").write_bytes(b"no image")
+    recipe = Recipe(model=str(model), task="image-classification", data=Data(path=str(folder)))
+    rows, source = read_rows(recipe), load_source(str(model))
+    examples = make_examples(rows, source, recipe)
+    with pytest.raises(OrthoactError, match=r"data\.image: an image cannot be read .*0\.png"):
+        [split[i] for split in (examples.train, examples.validation, examples.test) for i in range(len(split))]

@@ -161,6 +161,52 @@ def test_folders_that_must_not_be_written(done, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
 
 
+def test_what_cannot_begin_leaves_everything_as_it_was(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(OrthoactError, match="there is no file or folder"):
+        orthoact.train(short("data.path=/nowhere.txt"), out)
+    assert not out.exists()
+    orthoact.train(short("train.max_steps=1"), out)
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    with pytest.raises(OrthoactError, match="there is no file or folder"):
+        orthoact.train(short("data.path=/nowhere.txt"), out, overwrite=True)
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+
+
+def test_a_model_that_the_last_update_broke_has_diverged(tmp_path):
+    with pytest.raises(OrthoactError, match="step 1: the loss is not finite"):
+        orthoact.train(short("train.learning_rate=1e30", "train.max_steps=1", "train.warmup=0"), tmp_path / "out")
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_an_encoder_is_no_causal_language_model(tmp_path):
+    tiny.bert_folder(tmp_path / "model")
+    with pytest.raises(OrthoactError, match="a token sees the tokens after it"):
+        orthoact.train(short(f"model={tmp_path / 'model'}"), tmp_path / "out")
+
+
+def test_other_data_are_not_resumed_on(tmp_path):
+    text = (demo_folder() / "heldout.txt").read_text()
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "t.txt").write_text(text if name == "a" else text.upper())
+    orthoact.train(short(f"data.path={tmp_path / 'a' / 't.txt'}"), tmp_path / "out")
+    with pytest.raises(OrthoactError, match=r"--resume: .* had other data"):
+        orthoact.train(short(f"data.path={tmp_path / 'b' / 't.txt'}"), tmp_path / "out", resume=True)
+
+
+def test_keys_and_trackers_that_do_not_fit(tmp_path):
+    for override, said in (
+        ("convert.groups=7", "^convert.groups 7"),
+        ("convert.degree=1000", "^convert.degree 1000"),
+        ("train.tracker=nonsense", "train.tracker: nonsense is none of those installed"),
+        ("seed=99999999999999999999", "seed: expected a whole number"),
+    ):
+        with pytest.raises(OrthoactError, match=said):
+            orthoact.train(short(override), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
 # -- classification ----------------------------------------------------------------------------------------------------
 
 
