@@ -29,7 +29,7 @@ def fit_to_tolerance(
     """The fit with the fewest learnable numbers whose root of J is at most `tolerance`; `options` as in `fit`.
 
     `family` is one of `FAMILIES`, or `auto` for the best of all. Where none reaches the tolerance, the best fit is
-    returned and its reason says so.
+    returned and its reason says so. Of as many numbers those of least J are taken.
 
     >>> fit_to_tolerance("gelu", 1e-2).degree
     6
@@ -42,8 +42,8 @@ def fit_to_tolerance(
     chosen, tried, refusal = None, [], None
     for name in names:
         degrees = list(get_family(name).degrees)
-        if chosen is not None:  # only with fewer numbers than what is found already, from there downwards
-            degrees = [n for n in reversed(degrees) if get_family(name).size(n) < chosen.parameters]
+        if chosen is not None:  # only with no more numbers than what is found already, from there downwards
+            degrees = [n for n in reversed(degrees) if get_family(name).size(n) <= chosen.parameters]
         downwards = chosen is not None
         for degree in degrees:
             try:
@@ -54,7 +54,7 @@ def fit_to_tolerance(
                     break
                 continue
             reached = tried[-1].objective ** 0.5 <= tolerance
-            if reached:
+            if reached and (chosen is None or _order(tried[-1]) < _order(chosen)):
                 chosen = tried[-1]
             if reached != downwards:
                 break
@@ -67,6 +67,10 @@ def fit_to_tolerance(
     return replace(
         chosen, reason=f"{chosen.reason}; {chosen.parameters} numbers{among} reach the tolerance {tolerance:g}"
     )
+
+
+def _order(fit: Fit) -> tuple[int, float]:
+    return fit.parameters, fit.objective
 
 
 def ladder(

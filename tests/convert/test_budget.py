@@ -10,7 +10,7 @@ from torch import nn
 from orthoact import OrthoactError, convert_, plan
 from orthoact.convert.budget import share
 from orthoact.convert.calibrate import calibrate
-from orthoact.interp import Activation, fit_to_tolerance, get_family, ladder
+from orthoact.interp import FAMILIES, Activation, fit, fit_to_tolerance, get_family, ladder
 
 
 def net(width: int = 8) -> nn.Module:
@@ -146,3 +146,10 @@ def test_bad_groups(groups, words):
 def test_groups_need_to_know_the_channels():
     with pytest.raises(OrthoactError, match="channel axis of 0 is not known"):
         plan(nn.Sequential(nn.GELU()), groups=2)
+
+
+def test_of_as_many_numbers_the_best_are_taken():
+    found = fit_to_tolerance("tanh", 3e-3, family="auto")
+    others = [f for f in FAMILIES.values() if f.name != "tropical"]  # which is convex
+    alike = [fit("tanh", family=f.name, degree=n) for f in others for n in f.degrees if f.size(n) == 10]
+    assert found.parameters == 10 and found.objective == min(f.objective for f in alike)
