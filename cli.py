@@ -181,7 +181,7 @@ def _refuse_left(left) -> None:
         raise OrthoactError(f"--strict: {len(found)} activations are left unconverted: {named}")
 
 
-def _warn_of_poor(made, strict: bool, tolerance: float | None = None) -> None:
+def _warn_of_misses(made, strict: bool, tolerance: float | None = None) -> None:
     """Say which sites get a copy in name only, which `--strict` refuses, and which miss the tolerance."""
     from .interp.errors import OrthoactError
     from .interp.fit import percent
@@ -409,7 +409,7 @@ def convert(
     if strict:
         _refuse_left(made.left)
     if recover is None or dry_run:
-        _warn_of_poor(made, strict, tolerance)
+        _warn_of_misses(made, strict, tolerance)
     report: dict[str, Any] = {
         "output": None if dry_run else str(out),
         "sites": made.rows,
@@ -436,7 +436,7 @@ def convert(
                 how["both"] = f"{how['solved']}, then {how['trained']}"
                 made = as_learned(made, source.model, how[found["kept"]])
                 report["sites"] = made.rows
-            _warn_of_poor(made, strict, tolerance)
+            _warn_of_misses(made, strict, tolerance)
         with _status("measuring", not quiet):
             try:
                 if source.planned:

@@ -13,6 +13,7 @@ from typing import Any
 
 from .._version import __version__
 from ..convert.checkpoint import check_output, replacing
+from ..convert.files import read_json
 from ..convert.sources import REPORT
 from ..interp.errors import OrthoactError
 from .data import digest
@@ -57,6 +58,8 @@ def compare(
             _make(out, overwrite=overwrite or resume)
         accelerator.wait_for_everyone()
 
+    if main and held["cells"]:  # rows, rates and seeds may be others now
+        _write(out, held, recipe, todo)
     for done, (row, lr, seed) in enumerate(todo):
         if any(_place(c) == (row, lr, seed) for c in held["cells"]):
             continue
@@ -72,7 +75,6 @@ def compare(
         accelerator.wait_for_everyone()
     if not main:
         return {}
-    _write(out, held, recipe, todo)  # rows, rates and seeds may be fewer than what is held
     return held | {
         "output": str(output or f"{recipe.name}-comparison"),
         "table": (out / "comparison.md").read_text("utf-8"),
@@ -170,17 +172,11 @@ def _begin(recipe: Recipe, out: Path, *, resume: bool, overwrite: bool, main: bo
             raise OrthoactError(f"--resume: {out} was made with other data in data.path; give another --output")
         return held | {"recipe": recipe.public()}
     if main:
-        begun = (out / REPORT).is_file() and "comparison" in json.loads((out / REPORT).read_text(encoding="utf-8"))
+        begun = (out / REPORT).is_file() and "comparison" in read_json(out / REPORT, strict=False)
         if resume and out.is_dir() and any(out.iterdir()) and not begun:
             raise OrthoactError(f"--resume: {out} is not the folder of a comparison; give another with --output")
         check_output(out, overwrite=overwrite or resume)
-    return {
-        "orthoact": __version__,
-        "recipe": recipe.public(),
-        "digest": now,
-        "rows": [],
-        "cells": [],
-    }
+    return {"orthoact": __version__, "recipe": recipe.public(), "digest": now, "rows": [], "cells": []}
 
 
 def _make(out: Path, *, overwrite: bool) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..convert.data import read_datasets, read_text
-from ..convert.sources import Source, demo_folder
+from ..convert.sources import REPORT, Source, demo_folder
 from ..interp.errors import OrthoactError
 from .examples import Images, Sentences, Windows
 from .recipe import Recipe
@@ -96,21 +97,27 @@ def _rows(data: Data, task: str, seed: int, state: str | None) -> Rows:
 def digest(path: str, *, changed: bool = False) -> str | None:
     """What tells data on this machine from others: names, sizes and beginnings of the files; None for a Hub's.
 
-    With `changed`, also when they were last written.
+    With `changed`, also when they were last written. What is hidden or was written by orthoact is none of them.
     """
     where = Path(path).expanduser()
-    if not where.exists():
+    if path == "demo" or not where.exists():
         return None
     found = hashlib.sha256()
-    for i, file in enumerate(sorted(where.rglob("*")) if where.is_dir() else [where]):
-        if file.is_file():
-            state = file.stat()
-            name = file.relative_to(where).as_posix()
-            found.update(f"{name} {state.st_size} {state.st_mtime_ns if changed else 0}\n".encode())
-            if i < READ[0]:
-                with open(file, "rb") as content:
-                    found.update(content.read(READ[1]))
+    for i, file in enumerate(_files(where) if where.is_dir() else [where]):
+        state = file.stat()
+        name = file.relative_to(where).as_posix()
+        found.update(f"{name} {state.st_size} {state.st_mtime_ns if changed else 0}\n".encode())
+        if i < READ[0]:
+            with open(file, "rb") as content:
+                found.update(content.read(READ[1]))
     return found.hexdigest()[:16]
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for root, folders, names in os.walk(folder):
+        here = Path(root)
+        folders[:] = sorted(n for n in folders if not (n.startswith(".") or (here / n / REPORT).is_file()))
+        yield from (file for name in sorted(names) if (file := here / name).is_file())
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -120,9 +127,9 @@ def _splits(data: Data) -> dict[str, Any]:
     """The splits that are there: lists of texts, or rows of `datasets`."""
     path = demo_folder() / "heldout.txt" if data.path == "demo" else Path(data.path).expanduser()
     if path.is_file() and path.suffix in TEXTS:
-        return {"train": [_read(path)]}
+        return {"train": [read_text(path)]}
     if path.is_dir() and (files := {p.stem: p for p in sorted(path.iterdir()) if p.suffix in TEXTS}):
-        return _named(data, {name: [_read(file)] for name, file in files.items()})
+        return _named(data, {name: [read_text(file)] for name, file in files.items()})
     if path.exists():
         try:
             held = read_datasets(path)
@@ -135,10 +142,6 @@ def _splits(data: Data) -> dict[str, Any]:
     if data.path.startswith((".", "/", "~")) or path.suffix:
         raise OrthoactError(f"data.path: there is no file or folder {data.path}")
     return _named(data, _from_hub(data))
-
-
-def _read(path: Path) -> str:
-    return read_text(path)
 
 
 def _from_hub(data: Data) -> dict[str, Any]:

@@ -113,6 +113,7 @@ def run(
     chosen = recipe.train
     with Peak() as peak:
         start = perf_counter()
+        facts: dict[str, Any] = {"recipe": recipe.public(), "digest": digest(recipe.data.path), "what": chosen.what}
         rows = read_rows(recipe)
         source, record = make_model(recipe, rows)
         examples = make_examples(rows, source, recipe)
@@ -152,14 +153,9 @@ def run(
             figures = measure(prepared, accelerator.prepare(test), recipe.task, accelerator)
     for tracker in accelerator.trackers:
         tracker.finish()
-    facts = {
-        "recipe": recipe.public(),
-        "digest": digest(recipe.data.path),
-        "what": chosen.what,
+    facts |= {
         "trainable": sum(count.values()),
         "trainable_by": count,
-    }
-    facts |= {
         "path": path,
         "processes": accelerator.num_processes,
         "train": _size(examples.train),
@@ -193,7 +189,7 @@ def suited_path(model: torch.nn.Module, examples: Examples, train: Train) -> str
             logits(model, one)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in one.items())
-        why = str(error).splitlines()[0]
+        why = (str(error).splitlines() or [type(error).__name__])[0]
         raise OrthoactError(f"data: the model does not run on its inputs ({shapes}): {why}; give others") from error
     model.train(training)
     work = sum(values) * train.batch_size * train.accumulate * train.max_steps

@@ -36,7 +36,7 @@ LOST = 1e-5
 """The share of the target that rounding the numbers to float32 may add to an error before it is counted."""
 
 ROUNDED = 2e-7
-"""What rounding does to a copy, as a share of the sum of its numbers, six times over where that comes near `LOST`."""
+"""What rounding may do to a copy, as a share of the sum of its numbers: where that is below `LOST`, so is the error."""
 
 DERIVATIVE_WEIGHT = 0.01
 """The default lambda: what the copy itself does not need helps learning later, and a little does not hurt the copy."""

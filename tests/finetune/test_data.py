@@ -12,7 +12,7 @@ from PIL import Image
 from orthoact import OrthoactError
 from orthoact.convert.data import rgb
 from orthoact.convert.sources import load_source
-from orthoact.finetune.data import make_examples, read_rows
+from orthoact.finetune.data import digest, make_examples, read_rows
 from orthoact.finetune.examples import IGNORED, Stream
 from orthoact.finetune.recipe import Recipe, read
 from orthoact.finetune.sections import Data
@@ -296,3 +296,14 @@ def test_an_image_that_cannot_be_read(tmp_path):
     examples = make_examples(rows, source, recipe)
     with pytest.raises(OrthoactError, match=r"data\.image: an image cannot be read .*0\.png"):
         [split[i] for split in (examples.train, examples.validation, examples.test) for i in range(len(split))]
+
+
+def test_the_digest_is_of_the_data_alone(tmp_path):
+    """A run that writes beside its data goes on with them."""
+    (tmp_path / "train.txt").write_text("a text\n" * 40)
+    before = digest(str(tmp_path))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "orthoact.json").write_text("{}")
+    assert digest(str(tmp_path)) == before and digest("demo") is None
+    (tmp_path / "train.txt").write_text("b text\n" * 40)
+    assert digest(str(tmp_path)) != before
